@@ -1,0 +1,73 @@
+"""Fold: a masked model back to a plain dense one, with the masks baked into the weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+from passes.capture import Captured, user_class
+from passes.masking import Mask, MaskedLeaf, leaf_class, masks_of, zero_dropped_
+
+_GRAPH_STATE = ("_graphs", "_forwards", "meta", "shape_env", "_tracer_cls", "_tracer_extras", "_deepcopy_hooks")
+_GRAPH_HOOKS = ("_replace_hooks", "_create_node_hooks", "_erase_node_hooks")
+
+
+def unmask(model: nn.Module) -> nn.Module:
+    """Undo capture and masking, in place: every module gets its own class back and dropped weights stay 0.
+
+    Args:
+        model: a captured and masked model.
+
+    Returns:
+        The same object, with the classes, parameters and state_dict keys of the original model.
+    """
+    for name, mask in masks_of(model).items():
+        with torch.no_grad():
+            zero_dropped_(model.get_parameter(name), mask.mask)
+    for module in list(model.modules()):
+        for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:
+            delattr(module, name)
+        if isinstance(module, MaskedLeaf):
+            module.__class__ = leaf_class(module)
+            del module._masked
+        elif isinstance(module, Captured):
+            _uncapture(module)
+    return model
+
+
+def _uncapture(module: Captured) -> None:
+    constants = {str(n.target) for g in module._graphs.values() for n in g.nodes if n.op == "get_attr"}
+    for name in [n for n in module._buffers if n.startswith("_tensor_constant") and n in constants]:
+        delattr(module, name)
+    module.__class__ = user_class(module)
+    for name in (*_GRAPH_STATE, *_GRAPH_HOOKS):
+        vars(module).pop(name, None)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return a plain dense copy of a sparsified model, with the masks baked in.
+
+    The copy has the original class, runs the original forward, exports and loads like any other model, and its
+    `state_dict` has the keys that the original had. It costs what the dense model costs.
+
+    Args:
+        model: a model that `sparsify` returned; it is not changed.
+
+    Returns:
+        A model of the user's own class, in the same mode.
+
+    Raises:
+        ValueError: the model has no masks.
+
+    Example:
+        >>> from sparsify import sparsify
+        >>> plain = fold(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
+        >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
+        ('Sequential', 32, ['0.weight', '0.bias'])
+    """
+    if not masks_of(model):
+        raise ValueError("fold() takes a model that sparsify() returned; this one has no masks.")
+    plain = unmask(copy.deepcopy(model))
+    if "updater" in plain._modules:
+        del plain.updater
+    return plain

@@ -1,0 +1,217 @@
+"""Masking: the one place that knows what a masked weight does, and the rewrite that masks a captured model.
+
+`Mask` owns one mask and its rule. A weight is reached in two ways: a torch.nn module that hides its weights becomes
+`Masked<class>`, which runs the original forward with its weights replaced; a weight that a graph reads itself goes
+through a `call_module weight_mask` node on its way to the consumer.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.capture import Capture, called_modules, is_builtin
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 18  # elements: the widened mask of one chunk stays in the cache
+
+
+def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Set `tensor` to exactly 0 where `mask` is False, in place; NaN and inf there become 0 too.
+
+    On the CPU a bitwise and with the sign-extended mask runs near memory speed without a copy of the tensor
+    (`masked_fill_` is 6 times slower there, and float * bool lets NaN through).
+
+    Args:
+        tensor: floating point, any shape.
+        mask: bool, the same shape.
+
+    Returns:
+        The same tensor.
+
+    Example:
+        >>> zero_dropped_(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    if not _can_mask_bits(tensor, mask):
+        return tensor.masked_fill_(~mask, 0)
+    bits, keep = (t.as_strided((t.numel(),), (1,)) for t in (tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8)))
+    for chunk, kept in zip(bits.split(_CHUNK), keep.split(_CHUNK), strict=True):
+        chunk.bitwise_and_(kept.neg().to(bits.dtype))  # True is 1 and -1 is all ones
+    return tensor
+
+
+def _can_mask_bits(tensor: Tensor, mask: Tensor) -> bool:
+    dense = tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.element_size() in _INTEGERS
+    return dense and _same_layout(tensor, mask)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
+
+
+class MaskGradient(torch.autograd.Function):
+    """Identity whose backward keeps the gradient of kept weights only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,), (grad,) = ctx.saved_tensors, grads
+        # In place where nothing else can see it: a weight's gradient comes fresh out of its convolution or product.
+        # A gradient that is itself differentiated, or one that broadcasts, is not ours to write.
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _can_mask_bits(grad, mask):
+            return zero_dropped_(grad, mask), None
+        return torch.where(mask, grad, 0), None
+
+
+class Mask(nn.Module):
+    """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
+
+    The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation
+    applies the mask, so that averaged or tampered weights stay sparse. While `dense_gradient` is set, training returns
+    the parameter itself and its `.grad` is dense.
+
+    Args:
+        mask: bool, the shape and strides of its weight.
+        nonzeros: the number of True elements, which the host keeps so that nobody has to ask the device.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, nonzeros: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.nonzeros = nonzeros
+        self.dense_gradient = False
+
+    @property
+    def density(self) -> float:
+        """The kept fraction, in (0, 1]."""
+        return self.nonzeros / self.mask.numel()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight as its consumer must see it in the current mode."""
+        if not self.training:
+            return torch.where(self.mask, weight, 0)
+        return weight if self.dense_gradient else MaskGradient.apply(weight, self.mask)
+
+    def extra_repr(self) -> str:
+        """Name the density and the count."""
+        return f"density={self.density:.4g}, {self.nonzeros} of {self.mask.numel()}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The flag belongs to the optimizer that is attached; a copy has none.
+        return {**vars(self), "dense_gradient": False}
+
+
+class MaskedLeaf(nn.Module):
+    """Mixin: runs the original forward of a torch.nn module with its masked weights in place of the parameters."""
+
+    _masked: tuple[str, ...]  # the weights, by their names inside this module ("weight", "out_proj.weight")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's own class."""
+        owners = []
+        try:
+            for name in self._masked:
+                path, _, attribute = name.rpartition(".")
+                owner = self.get_submodule(path)
+                # An entry of the instance's own dict is found before nn.Module looks among its parameters.
+                vars(owner)[attribute] = getattr(owner, f"{attribute}_mask")(owner._parameters[attribute])
+                owners.append((owner, attribute))
+            return super().forward(*args, **kwargs)
+        finally:
+            for owner, attribute in owners:
+                del vars(owner)[attribute]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_masked, (leaf_class(self),), self.__getstate__()
+
+
+def leaf_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a masked torch.nn module had before."""
+    return type(module).__bases__[1]
+
+
+@functools.cache
+def _masked_class(base: type[nn.Module]) -> type[MaskedLeaf]:
+    return type(f"Masked{base.__name__}", (MaskedLeaf, base), {"__doc__": base.__doc__, "__module__": base.__module__})
+
+
+def _new_masked(base: type[nn.Module]) -> MaskedLeaf:
+    return nn.Module.__new__(_masked_class(base))
+
+
+def masks_of(model: nn.Module) -> dict[str, Mask]:
+    """Return the masks of a model by the name of the parameter each masks."""
+    return {path.removesuffix("_mask"): m for path, m in model.named_modules() if isinstance(m, Mask)}
+
+
+def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) -> nn.Module:
+    """Rewrite a captured model, in place, so that every weight in `masks` is used through its mask.
+
+    Kept weights keep their values and dropped ones become 0. A mask is stored as the child `<weight>_mask` of every
+    module that owns the weight, tied weights sharing one. Rewritten nodes are renamed `masked_...`.
+
+    Args:
+        model: a captured model.
+        capture: the capture it was installed from.
+        masks: {parameter name: mask}.
+
+    Returns:
+        The same object.
+    """
+    by_weight = {model.get_parameter(name): mask for name, mask in masks.items()}
+    for module in list(model.modules()):
+        for attribute, weight in module._parameters.items():
+            if weight is not None and weight in by_weight:
+                module.add_module(f"{attribute}_mask", by_weight[weight])
+    for weight, mask in by_weight.items():
+        with torch.no_grad():
+            zero_dropped_(weight, mask.mask)
+        mask.train(model.training)
+    for path, region in capture.regions.items():
+        module = model.get_submodule(path)
+        hidden = dict(_mask_leaves(module, region.graphs, by_weight))
+        for graph in dict.fromkeys(region.graphs.values()):
+            _mask_reads(module, graph, by_weight)
+            for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
+                node._rename(f"masked_{node.name}")
+        module.recompile()  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def _mask_leaves(
+    module: nn.Module, graphs: dict[bool, fx.Graph], masks: Mapping[nn.Parameter, Mask]
+) -> Iterator[tuple[str, nn.Module]]:
+    for target, leaf in called_modules(module, graphs):
+        names = tuple(name for name, p in leaf.named_parameters() if p in masks)
+        if is_builtin(leaf) and names and not isinstance(leaf, MaskedLeaf):
+            leaf.__class__ = _masked_class(type(leaf))
+            leaf._masked = names  # pyright: ignore[reportAttributeAccessIssue]
+            yield target, leaf
+
+
+def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        path, _, attribute = str(node.target).rpartition(".")
+        weight = module.get_submodule(path)._parameters.get(attribute)
+        if weight is None or weight not in masks:
+            continue
+        users = list(node.users)
+        with graph.inserting_after(node):
+            masked = graph.call_module(f"{node.target}_mask", (node,))
+        masked._rename(f"masked_{node.name}")
+        for user in users:
+            user.replace_input_with(node, masked)
