@@ -54,10 +54,6 @@ fx.wrap("expect_default")
 class _Tracer(fx.Tracer):
     """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.opaque: dict[str, str] = {}  # module path: why its Python code is not part of the graph
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or is_called_whole(m)
 
@@ -68,14 +64,12 @@ class _Tracer(fx.Tracer):
         last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            reason = before.difference(m)
-        except Exception as error:  # whatever the user's code raises on a Proxy: it cannot be traced
-            result, reason = None, f"{type(error).__name__}: {error}"
-        if reason is None:
-            return result
+            if before.difference(m) is None:
+                return result
+        except Exception:  # noqa: S110 - whatever the user's code raises on a Proxy: `trace` goes on inside and says why
+            pass
         before.restore(m)
         self._erase_after(last)
-        self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _erase_after(self, last: fx.Node | None) -> None:
@@ -166,7 +160,7 @@ def _trace_region(module: nn.Module) -> Region | str:
         for mode in (True, False):
             for child in module.modules():
                 vars(child)["training"] = mode
-            graphs[mode] = _Tracer().trace(module)
+            graphs[mode] = _without_unread_attributes(_Tracer().trace(module))
     except Exception as error:
         before.restore(module)
         return f"{type(error).__name__}: {error}"
@@ -181,6 +175,13 @@ def _trace_region(module: nn.Module) -> Region | str:
     if codes[True] == codes[False]:
         graphs[False] = graphs[True]
     return Region(graphs, constants)
+
+
+def _without_unread_attributes(graph: fx.Graph) -> fx.Graph:
+    # `tensor.shape` that only an error message mentions leaves a node that generated code would not reproduce.
+    for node in [n for n in graph.nodes if n.target is getattr and not n.users]:
+        graph.erase_node(node)
+    return graph
 
 
 @contextlib.contextmanager

@@ -1,6 +1,4 @@
-"""Fold: a masked model back to a plain dense one, with the masks baked into the weights."""
-
-import copy
+"""Fold: a masked model back to the plain dense one it was made from, with the masks baked into the weights."""
 
 import torch
 from torch import nn
@@ -12,8 +10,8 @@ _GRAPH_STATE = ("_graphs", "_forwards", "meta", "shape_env", "_tracer_cls", "_tr
 _GRAPH_HOOKS = ("_replace_hooks", "_create_node_hooks", "_erase_node_hooks")
 
 
-def unmask(model: nn.Module) -> nn.Module:
-    """Undo capture and masking, in place: every module gets its own class back and dropped weights stay 0.
+def fold_(model: nn.Module) -> nn.Module:
+    """Undo capture and masking, in place: every module gets its own class and forward back, dropped weights stay 0.
 
     Args:
         model: a captured and masked model.
@@ -42,32 +40,3 @@ def _uncapture(module: Captured) -> None:
     module.__class__ = user_class(module)
     for name in (*_GRAPH_STATE, *_GRAPH_HOOKS):
         vars(module).pop(name, None)
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """Return a plain dense copy of a sparsified model, with the masks baked in.
-
-    The copy has the original class, runs the original forward, exports and loads like any other model, and its
-    `state_dict` has the keys that the original had. It costs what the dense model costs.
-
-    Args:
-        model: a model that `sparsify` returned; it is not changed.
-
-    Returns:
-        A model of the user's own class, in the same mode.
-
-    Raises:
-        ValueError: the model has no masks.
-
-    Example:
-        >>> from sparsify import sparsify
-        >>> plain = fold(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
-        >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
-        ('Sequential', 32, ['0.weight', '0.bias'])
-    """
-    if not masks_of(model):
-        raise ValueError("fold() takes a model that sparsify() returned; this one has no masks.")
-    plain = unmask(copy.deepcopy(model))
-    if "updater" in plain._modules:
-        del plain.updater
-    return plain

@@ -1,0 +1,22 @@
+"""Graph passes: what a model computes, and how to rewrite it onto masks. Knows nothing of training methods."""
+
+from passes.capture import Capture, Captured, graphs, install, trace
+from passes.fold import fold_
+from passes.masking import Mask, mask_weights, masks_of
+from passes.shapes import run_on_meta
+from passes.sites import Site, find_sites
+
+__all__ = [
+    "Capture",
+    "Captured",
+    "Mask",
+    "Site",
+    "find_sites",
+    "fold_",
+    "graphs",
+    "install",
+    "mask_weights",
+    "masks_of",
+    "run_on_meta",
+    "trace",
+]

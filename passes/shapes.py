@@ -1,0 +1,161 @@
+"""Shapes: what a model computes on inputs of a given shape, found on the meta device without data.
+
+A copy of the model's structure runs on meta tensors under a dispatch mode, which sees every aten operation of every kind
+of model: captured or not, opaque functions included. The model itself, its hooks, buffers and generators are not touched.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.capture import Captured
+from passes.effects import preserve_rng
+from passes.masking import Mask
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One aten operation of one forward pass."""
+
+    name: str  # "aten.convolution"
+    args: tuple[Any, ...]  # with every tensor replaced by its shape, a torch.Size
+    outputs: tuple[torch.Size, ...]
+    weights: tuple[str | None, ...]  # the parameter name of each argument that is a weight, or a view of one
+    module: str  # path of the innermost module that was running
+    node: str  # name of the fx node that was running, "" outside captured regions
+    region: str = ""  # path of that node's region
+
+
+def run_on_meta(model: nn.Module, inputs: Sequence[Any]) -> list[Operation]:
+    """List the operations of one forward pass in evaluation mode.
+
+    Args:
+        model: any module, on any device.
+        inputs: the positional arguments of forward; of tensors only shape and dtype matter.
+
+    Returns:
+        The operations in order.
+
+    Raises:
+        ValueError: the inputs do not fit; the message names the node and the module that refused them.
+
+    Example:
+        >>> [op.name for op in run_on_meta(nn.Linear(2, 3), (torch.empty(1, 2),))]
+        ['aten.t', 'aten.addmm']
+    """
+    shadow, recorder = _meta_copy(model), _Recorder()
+    for name, weight in shadow.named_parameters():
+        if weight.dim() >= 2:  # the bias of an addmm is not its weight
+            recorder.owners[_storage(weight)] = name
+    recorder.watch(shadow)
+    arguments = torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), tuple(inputs))
+    with preserve_rng(), torch.enable_grad():  # with gradients, attention does not take its opaque fast path
+        try:
+            with recorder:
+                shadow(*arguments)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor))
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}") from error
+    return recorder.operations
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's structure to the meta device, in evaluation mode and without hooks; tied weights stay tied."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    shadow = copy.deepcopy(model, memo)
+    for module in shadow.modules():
+        vars(module)["training"] = False
+        for hooks in _HOOKS:
+            getattr(module, hooks).clear()
+    return shadow
+
+
+class _Recorder(TorchDispatchMode):
+    """Records operations together with the module, the node and the weights they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.owners: dict[int, str] = {}  # storage: parameter name
+        self._kept: list[Tensor] = []  # storages in `owners` stay alive, so that their addresses stay theirs
+        self._modules, self._nodes = [""], [("", "")]
+
+    def watch(self, model: nn.Module) -> None:
+        """Follow which module and which node of `model` runs."""
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda m, args, path=path: self._modules.append(path))
+            module.register_forward_hook(lambda m, args, out: self._leave(m, args, out))
+            if isinstance(module, Captured):
+                interpreter = _Interpreter(self, path, module)
+                vars(module)["_forwards"] = {False: lambda _, *args, run=interpreter.run: run(*args)}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._modules.pop()
+        if isinstance(module, Mask):
+            self.owners[_storage(output)] = self.owners[_storage(args[0])]
+            self._kept.append(output)
+
+    @contextmanager
+    def at(self, region: str, node: str) -> Iterator[None]:
+        """Name the node whose operations follow."""
+        self._nodes.append((region, node))
+        yield  # not in a finally: after an error, `where` reads the place from here
+        self._nodes.pop()
+
+    def where(self) -> str:
+        """Say which node and module was running."""
+        node, module = self._nodes[-1][1], self._modules[-1]
+        places = [f"node {node!r}"] * bool(node) + [f"module {module!r}"] * bool(module)
+        return ", ".join(places) or "its forward"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        outputs = [output] if isinstance(output, Tensor) else output if isinstance(output, (tuple, list)) else []
+        region, node = self._nodes[-1]
+        self.operations.append(
+            Operation(
+                str(func._overloadpacket),
+                tuple(_shape(a) for a in args),
+                tuple(o.shape for o in outputs if isinstance(o, Tensor)),
+                tuple(self.owners.get(_storage(a)) if isinstance(a, Tensor) else None for a in args),
+                self._modules[-1],
+                node,
+                region,
+            )
+        )
+        return output
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph and tells the recorder which node it is at."""
+
+    def __init__(self, recorder: _Recorder, path: str, module: Captured) -> None:
+        super().__init__(module)
+        self.recorder, self.path = recorder, path
+
+    def run_node(self, n: fx.Node) -> Any:
+        with self.recorder.at(self.path, n.name):
+            return getattr(self, n.op)(n.target, *self.fetch_args_kwargs_from_env(n))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    return tuple(_shape(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,226 @@
+"""The pipeline, as one straight line: trace, find weights, allocate densities, mask, attach the updater."""
+
+import copy
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from passes.capture import install, trace
+from passes.fold import fold_
+from passes.masking import Mask, mask_weights, masks_of
+from passes.sites import Site, find_sites
+from sparsify.distributions import DISTRIBUTIONS, Distribution, kept, solve_density
+from sparsify.initialization import random_mask, rescale_to_fan_in
+from sparsify.methods import METHODS, Method
+from sparsify.report import flop_report
+from sparsify.updater import Updater
+
+T = TypeVar("T")
+Patterns = Mapping[str, float]
+INITS = ("keep", "fan_in")
+
+
+def sparsify(
+    model: nn.Module,
+    density: float | Patterns | None = None,
+    distribution: str | Distribution = "erk",
+    *,
+    method: str | Method = "rigl",
+    flops: float | None = None,
+    inputs: Any = None,
+    exclude: Iterable[str] = (),
+    init: str = "keep",
+    seed: int = 0,
+    inplace: bool = False,
+) -> nn.Module:
+    """Make a model sparse and ready for sparse training.
+
+    The model is traced with torch.fx, every conv and linear weight that its graphs consume gets a mask, and
+    `model.updater` will change the masks during training once an optimizer is attached to it.
+
+    Args:
+        model: any module, on any device; on the meta device masks exist by their counts only.
+        density: the kept fraction, in (0, 1]. Overall under "er" and "erk"; of each masked weight under "uniform", which
+            leaves the first layer dense. Or {pattern: density}, with fnmatch patterns on parameter names: the first that
+            matches counts, and weights that none matches stay dense.
+        distribution: "uniform", "er", "erk", or a function `(sites, density) -> {name: density}`.
+        method: "rigl", "static", or a record such as `RigL(interval=50)`.
+        flops: instead of `density`: the share of the dense inference FLOPs to keep, in (0, 1]; needs `inputs`.
+        inputs: for `flops`: what `flop_report` takes.
+        exclude: fnmatch patterns of parameter names that stay dense.
+        init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
+            (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
+        seed: of the random masks.
+        inplace: rewrite `model` itself instead of a copy, for models too large to have twice.
+
+    Returns:
+        An `fx.GraphModule` that is also an instance of the model's own class, in the same mode.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an argument is out of range, unknown or contradictory; a pattern matches nothing; the model is sparse
+            already or has nothing to mask. Nothing was changed.
+
+    Example:
+        >>> model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), density=0.25)
+        >>> sum(model.updater.nonzeros.values()), isinstance(model, torch.fx.GraphModule)
+        (160, True)
+    """
+    _check_model(model)
+    _check_budget(density, flops, inputs)
+    distribution = _resolve(distribution, DISTRIBUTIONS, "distribution")
+    method = _resolve(method, {name: make() for name, make in METHODS.items()}, "method")
+    _resolve(init, {name: name for name in INITS}, "init")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+    model = model if inplace else copy.deepcopy(model)
+    capture = trace(model)
+    sites = find_sites(model, capture)
+    rules = _dense_by_rule(sites, exclude)
+    candidates = [site for site in sites if site.name not in rules]
+    if flops is not None:
+        density = _density_for(model, candidates, distribution, flops, inputs)
+    densities = _allocate(candidates, density, distribution)
+    rules |= {site.name: _no_density(distribution) for site in candidates if site.name not in densities}
+    masks = _draw(model, sites, densities, seed)
+    model = mask_weights(install(model, capture), capture, masks)
+    if init == "fan_in":
+        _rescale(model, sites)
+    model.updater = Updater(model, method, rules)
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return a plain dense copy of a sparsified model, with the masks baked in.
+
+    The copy has the original class and runs the original forward; it exports and loads like any other model, and its
+    `state_dict` has the keys that the original had. It costs what the dense model costs.
+
+    Args:
+        model: a model that `sparsify` returned; it is not changed.
+
+    Returns:
+        A model of the user's own class, in the same mode.
+
+    Raises:
+        ValueError: the model has no masks.
+
+    Example:
+        >>> plain = fold(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
+        >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
+        ('Sequential', 32, ['0.weight', '0.bias'])
+    """
+    if not isinstance(model, nn.Module) or not masks_of(model):
+        raise ValueError("fold() takes a model that sparsify() returned; this one has no masks.")
+    plain = copy.deepcopy(model)
+    plain.updater.remove()
+    return fold_(plain)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify() takes a torch.nn.Module, not {type(model).__name__}.")
+    if masks_of(model):
+        raise ValueError("The model is sparse already. Sparsify the dense model again, or fold() this one first.")
+    if hasattr(model, "updater"):
+        raise ValueError("The model has an attribute 'updater', where sparsify() puts its own. Rename it.")
+
+
+def _check_budget(density: Any, flops: Any, inputs: Any) -> None:
+    if (density is None) == (flops is None):
+        raise ValueError("Give exactly one of density and flops.")
+    for pattern, value in density.items() if isinstance(density, Mapping) else [("density", density), ("flops", flops)]:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and 0 < value <= 1):
+            raise ValueError(f"{pattern}={value!r} must be a number in (0, 1].")
+    if flops is not None and inputs is None:
+        raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
+
+
+def _resolve(choice: Any, known: Mapping[str, T], what: str) -> T:
+    if not isinstance(choice, str):
+        expected = Method if what == "method" else Callable
+        if what == "init" or not isinstance(choice, expected):
+            raise ValueError(f"{what}={choice!r} must be one of {', '.join(known)}" + (", or a record such as RigL()." if what == "method" else "."))
+        return choice
+    if choice not in known:
+        near = difflib.get_close_matches(choice.lower(), known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
+    return known[choice]
+
+
+def _dense_by_rule(sites: Sequence[Site], exclude: Sequence[str]) -> dict[str, str]:
+    if not sites:
+        raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
+    _check_patterns(exclude, sites, "exclude")
+    rules = {s.name: f"unsupported: {s.unsupported}" for s in sites if s.unsupported}
+    for site in sites:
+        for pattern in exclude:
+            if fnmatch.fnmatchcase(site.name, pattern):
+                rules[site.name] = f"excluded by {pattern!r}"
+    if len(rules) == len(sites):
+        raise ValueError(f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}")
+    return rules
+
+
+def _check_patterns(patterns: Iterable[str], sites: Sequence[Site], what: str) -> None:
+    names = [site.name for site in sites]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            hint = f"the nearest weight is {near[0]!r}" if near else f"weights are {', '.join(names[:5])}, ..."
+            raise ValueError(f"{what}: pattern {pattern!r} matches no weight; {hint}.")
+
+
+def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -> dict[str, float]:
+    if isinstance(density, Mapping):
+        _check_patterns(density, sites, "density")
+        first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
+        return {name: value for name, value in first.items() if value is not None}
+    densities = distribution(sites, density)
+    if not densities:
+        raise ValueError("The distribution leaves every weight dense, so there is nothing to mask.")
+    return densities
+
+
+def _no_density(distribution: Distribution) -> str:
+    return f"first layer, dense under {getattr(distribution, '__name__', 'this distribution')}"
+
+
+def _density_for(model: nn.Module, sites: Sequence[Site], distribution: Distribution, flops: float, inputs: Any) -> float:
+    report = flop_report(model, inputs)
+    macs = {layer.name: layer.dense_macs for layer in report.layers if layer.weight_shape}
+    sizes = {site.name: site.size for site in sites}
+
+    def ratio(density: float) -> float:
+        densities = distribution(sites, density)
+        saved = sum(macs[name] * (1 - kept(d, sizes[name]) / sizes[name]) for name, d in densities.items())
+        return 1 - saved / report.dense_macs
+
+    return solve_density(ratio, flops)
+
+
+def _draw(model: nn.Module, sites: Sequence[Site], densities: Mapping[str, float], seed: int) -> dict[str, Mask]:
+    masks = {}
+    for site in sites:
+        if site.name in densities:
+            weight = model.get_parameter(site.name)
+            count = kept(densities[site.name], site.size)
+            mask = torch.empty_like(weight, dtype=torch.bool)
+            if not weight.is_meta:
+                mask.copy_(random_mask(site.shape, count, seed, site.name))
+            masks[site.name] = Mask(mask, count)
+    return masks
+
+
+def _rescale(model: nn.Module, sites: Sequence[Site]) -> None:
+    masks = masks_of(model)
+    for site in sites:
+        if site.name in masks:
+            rescale_to_fan_in(model.get_parameter(site.name), masks[site.name].mask, site.uses[0].out_dim)

@@ -1,0 +1,67 @@
+"""Initialization: drawing random masks, and rescaling the weights they keep."""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> Tensor:
+    """Draw a mask uniformly among all with an exact count.
+
+    It depends on its arguments only: every rank, device and numpy version draws the same, and no global generator moves.
+    16 random bits per weight give about the count; flipping random positions then makes it exact, and by symmetry every
+    mask stays equally likely.
+
+    Args:
+        shape: of the weight.
+        nonzeros: True elements, from 1 to the number of weights.
+        seed: any integer.
+        name: the weight's name, so that weights of one shape get different masks.
+
+    Returns:
+        bool on the CPU, contiguous.
+
+    Example:
+        >>> mask = random_mask((64, 64), 410, seed=0, name="fc.weight")
+        >>> int(mask.sum()), torch.equal(mask, random_mask((64, 64), 410, seed=0, name="fc.weight"))
+        (410, True)
+    """
+    size = torch.Size(shape).numel()
+    if nonzeros == size:
+        return torch.ones(shape, dtype=torch.bool)
+    bits = np.random.PCG64(np.random.SeedSequence([seed % 2**63, zlib.crc32(name.encode())]))
+    mask = bits.random_raw(-(-size // 4)).view(np.uint16)[:size] < round(nonzeros / size * 65536)
+    while surplus := int(np.count_nonzero(mask)) - nonzeros:
+        wrong = surplus > 0  # the value that too many positions have
+        share = (nonzeros if wrong else size - nonzeros) / size
+        drawn = bits.random_raw(int(abs(surplus) / share) + 16) % size
+        first = np.sort(np.unique(drawn, return_index=True)[1])
+        drawn = drawn[first]
+        mask[drawn[mask[drawn] == wrong][: abs(surplus)]] = not wrong
+    return torch.from_numpy(mask).view(shape)
+
+
+@torch.no_grad()
+def rescale_to_fan_in(weight: Tensor, mask: Tensor, out_dim: int | None) -> None:
+    """Multiply kept weights by sqrt(dense fan-in / kept fan-in), in place, so that activations keep their scale.
+
+    Dense initializations assume that every input is there; at low density the signal dies out otherwise (Evci et al.,
+    "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", arXiv 2010.03533, section 3).
+
+    Args:
+        weight: floating point, any shape.
+        mask: bool, the same shape.
+        out_dim: the dimension that indexes outputs, each of which has a fan-in of its own; None takes the mean fan-in.
+
+    Example:
+        >>> weight = torch.ones(2, 4)
+        >>> rescale_to_fan_in(weight, torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool(), out_dim=0)
+        >>> weight[:, 0]
+        tensor([2., 1.])
+    """
+    dims = [d for d in range(mask.dim()) if d != out_dim]
+    kept = mask.sum(dim=dims, keepdim=True).clamp(min=1)  # (1, ..., outputs, ..., 1)
+    dense = mask.numel() // kept.numel()
+    weight.mul_((dense / kept).sqrt().to(weight.dtype))

@@ -1,0 +1,74 @@
+"""Optimizers: the little that a topology update has to know of them.
+
+Nothing is patched: hooks are the official ones, and what an optimizer keeps per weight is recognised by its shape.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# With a gradient of zero and a state of zero these leave a weight of zero at zero.
+_KEEP_ZEROS = frozenset(
+    """SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS""".split()
+)
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is known to leave dropped weights at 0 (Muon, for one, moves them at once)."""
+    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _KEEP_ZEROS
+
+
+def parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """Yield every parameter of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def state_tensors(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
+    """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape."""
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            yield value
+
+
+def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
+    """Return the gradient of a weight as the loss has it: a fused optimizer under GradScaler still holds it scaled."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return weight.grad if weight.grad is None or scale is None else weight.grad / scale
+
+
+def skip_step(optimizer: Optimizer) -> None:
+    """Make the optimizer's step do nothing: parameters without a gradient are left alone, state included."""
+    for parameter in parameters(optimizer):
+        parameter.grad = None
+
+
+def forget_history(optimizer: Optimizer) -> None:
+    """Clear what LBFGS remembers of steps taken on another topology."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        for state in optimizer.state.values():
+            state.clear()
+
+
+def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], action: Callable[[], None]) -> Any:
+    """Run `action` once the gradients of this step are there: now, or after the closure that computes them.
+
+    Returns:
+        What the step pre-hook has to return: None, or the arguments with the closure wrapped.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        action()
+        return None
+
+    def closure_then_action() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    if len(args) > 1:  # args[0] is the optimizer itself
+        return (args[0], closure_then_action, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure_then_action}

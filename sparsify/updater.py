@@ -1,0 +1,325 @@
+"""The updater: the module that changes a model's masks while an optimizer trains it.
+
+A thin shell: it holds the schedule's position and calls the pure functions of the method. It lives on the model as
+`model.updater`, so that one `state_dict` holds masks, step and schedule.
+"""
+
+import functools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from passes.masking import Mask, masks_of, zero_dropped_
+from sparsify import optimizers as opt
+from sparsify.methods import Method, Updates
+from sparsify.topology import drop_and_grow
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A masked weight that an attached optimizer trains."""
+
+    name: str
+    weight: nn.Parameter
+    mask: Mask
+
+
+@dataclass
+class _Attachment:
+    """One optimizer, the masked weights it trains, and how many steps it has taken."""
+
+    optimizer: Optimizer
+    bound: list[_Bound]
+    step: int
+    handles: list[Any]
+
+    def set_dense_gradients(self, dense: bool) -> None:
+        for b in self.bound:
+            b.mask.dense_gradient = dense
+
+
+class Updater(nn.Module):
+    """Changes the masks of one model by one method; made by `sparsify`, found at `model.updater`.
+
+    Args:
+        model: the masked model that owns this module.
+        method: what to drop and grow, and when.
+        rules: {parameter name: reason} for every weight that is dense by rule or cannot be masked.
+    """
+
+    skipped: Tensor
+
+    def __init__(self, model: nn.Module, method: Method, rules: Mapping[str, str]) -> None:
+        super().__init__()
+        self.method = method
+        self.rules = dict(rules)
+        self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
+        self._sites = tuple(masks_of(model))
+        self._attached: list[_Attachment] = []
+        self._steps = [0]
+        self._total_steps = 0
+        # Updates that a non-finite gradient prevented: counted on the device, read when the host asks.
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._skipped_before = 0
+        self._load_hooks = (
+            model.register_load_state_dict_pre_hook(_check_before_load),
+            model.register_load_state_dict_post_hook(_settle_after_load),
+        )
+
+    # What people read.
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """{parameter name: bool mask}, of the weights that are masked now."""
+        return {name: mask.mask for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def nonzeros(self) -> dict[str, int]:
+        """{parameter name: number of kept weights}, from the host's own counts."""
+        return {name: mask.nonzeros for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """{parameter name: kept fraction, in (0, 1]}."""
+        return {name: mask.density for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The weights that were masked once and whose layer has been replaced since; the new layer is dense."""
+        return tuple(name for name in self._sites if name not in masks_of(self._model[0]))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since `attach`; with several optimizers, by the one that has taken most."""
+        return max(self._clocks())
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates that left every mask as it was because a gradient was not finite. Reads the device."""
+        count = self._skipped_before + (0 if self.skipped.is_meta else int(self.skipped))
+        if count > self._skipped_before:
+            warnings.warn(
+                f"{count - self._skipped_before} topology updates met a gradient that was NaN or infinite and left every "
+                f"mask as it was. Lower the learning rate, clip gradients, or look for the source.",
+                stacklevel=2,
+            )
+            self._skipped_before = count
+            self.skipped.zero_()
+        return count
+
+    def extra_repr(self) -> str:
+        """Name the method and the step."""
+        return f"method={self.method.name}, masks={len(self._sites)}, step={self.step}"
+
+    # What a training loop calls.
+
+    def attach(self, *optimizers: Optimizer, total_steps: int) -> None:
+        """Let the optimizers' steps drive the topology: the one line a training loop gains.
+
+        After a `load_state_dict` training goes on at the saved step; otherwise steps are counted from 1.
+
+        Args:
+            *optimizers: every optimizer that trains masked weights, made from this model's parameters.
+            total_steps: optimizer steps of the whole run, from 1; the method's schedule is laid out over them.
+
+        Raises:
+            RuntimeError: already attached.
+            ValueError: `total_steps` is not a whole number or too low for any update, or the optimizers together lack a
+                masked weight that requires grad. Nothing was changed.
+
+        Example:
+            >>> from sparsify import sparsify
+            >>> model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), density=0.5)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> model.updater.attach(optimizer, total_steps=1000)
+        """
+        if self._attached:
+            raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
+        self._check_attach(optimizers, total_steps)
+        if self._total_steps not in (0, total_steps):
+            warnings.warn(f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.", stacklevel=2)
+        masks, steps = masks_of(self._model[0]), self._clocks()
+        self._total_steps = total_steps
+        for i, optimizer in enumerate(optimizers):
+            own = set(opt.parameters(optimizer))
+            weights = ((name, self._model[0].get_parameter(name)) for name in masks)
+            bound = [_Bound(name, weight, masks[name]) for name, weight in weights if weight in own]
+            attachment = _Attachment(optimizer, bound, steps[i] if i < len(steps) else max(steps), [])
+            attachment.handles += [
+                optimizer.register_step_pre_hook(functools.partial(self._before_step, attachment)),
+                optimizer.register_step_post_hook(functools.partial(self._after_step, attachment)),
+            ]
+            self._attached.append(attachment)
+        self._settle_gradients()
+        for name in self.replaced:
+            warnings.warn(f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.", stacklevel=2)
+
+    def detach(self) -> None:
+        """Let go of the optimizers: masks stay as they are, and a later `attach` counts its steps from 1 again."""
+        for attachment in self._attached:
+            attachment.set_dense_gradients(False)
+            for handle in attachment.handles:
+                handle.remove()
+        self._attached, self._steps, self._total_steps = [], [0], 0
+
+    def remove(self) -> None:
+        """Detach, and take this module off its model; the masks stay."""
+        self.detach()
+        for handle in self._load_hooks:
+            handle.remove()
+        del self._model[0].updater
+
+    def _check_attach(self, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
+        if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
+            raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
+        updates = self.method.updates
+        if updates and updates.interval >= updates.end_fraction * total_steps:
+            raise ValueError(
+                f"No update would ever run: interval={updates.interval} is not below end_fraction * total_steps = "
+                f"{updates.end_fraction * total_steps:g}. Lower the interval or train longer; method='static' never updates."
+            )
+        own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
+        weights = {name: self._model[0].get_parameter(name) for name in masks_of(self._model[0])}
+        if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
+            raise ValueError(
+                f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), "
+                f"which returns a copy), pass all of them to one attach(), or freeze the weight (requires_grad_(False))."
+            )
+
+    # What the optimizers' hooks call.
+
+    def _end_step(self, updates: Updates) -> float:
+        return updates.end_fraction * self._total_steps
+
+    def _updates_at(self, step: int) -> bool:
+        updates = self.method.updates
+        return updates is not None and updates.at(step, self._end_step(updates))
+
+    def _before_step(self, attachment: _Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._updates_at(attachment.step + 1):
+            return None
+        return opt.before_step(optimizer, args, kwargs, functools.partial(self._update, attachment))
+
+    def _after_step(self, attachment: _Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        attachment.step += 1
+        if self._updates_at(attachment.step):
+            opt.forget_history(optimizer)
+        elif not opt.keeps_zeros(optimizer):
+            _zero_dropped(attachment.bound)
+        dense = self._updates_at(attachment.step + 1)
+        if dense or self._updates_at(attachment.step):
+            attachment.set_dense_gradients(dense)
+
+    @torch.no_grad()
+    def _update(self, attachment: _Attachment) -> None:
+        """Change the topology instead of taking this step (RigL, Algorithm 1)."""
+        updates = self.method.updates
+        assert updates is not None
+        self._check_bound(attachment)
+        fraction = updates.drop_fraction(attachment.step + 1, self._end_step(updates))
+        gradients = [(b, opt.dense_gradient(attachment.optimizer, b.weight)) for b in attachment.bound]
+        scored = [(b, updates.growth_score(g)) for b, g in gradients if g is not None]
+        if scored:
+            finite = torch.stack([score.amax().to(self.skipped.device) for _, score in scored]).isfinite().all()
+            self.skipped += ~finite
+            for bound, score in scored:
+                _change(bound, score, int(fraction * bound.mask.nonzeros), finite, updates, attachment.optimizer)
+        opt.skip_step(attachment.optimizer)
+
+    def _check_bound(self, attachment: _Attachment) -> None:
+        masks = masks_of(self._model[0])
+        for b in attachment.bound:
+            if masks.get(b.name) is not b.mask or self._model[0].get_parameter(b.name) is not b.weight:
+                raise RuntimeError(
+                    f"{b.name} was replaced while the updater is attached. Call updater.detach(), make an optimizer for the "
+                    f"model as it is now, and attach that."
+                )
+
+    # What state_dict, copies and loading need.
+
+    def _clocks(self) -> list[int]:
+        return [a.step for a in self._attached] or self._steps
+
+    def _settle_gradients(self) -> None:
+        """Derive from the step whether the next gradients have to be dense."""
+        for attachment in self._attached:
+            attachment.set_dense_gradients(self._updates_at(attachment.step + 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not attached: the hooks belong to the optimizers of the original.
+        return {**vars(self), "_attached": [], "_steps": self._clocks()}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return step, schedule and counts as CPU tensors, for `state_dict`."""
+        return {
+            "steps": torch.tensor(self._clocks()),
+            "total_steps": torch.tensor(self._total_steps),
+            "skipped_updates": torch.tensor(self.skipped_updates),
+            "nonzeros": {name: torch.tensor(count) for name, count in self.nonzeros.items()},
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the step and the schedule of a `state_dict`."""
+        self._steps = state["steps"].tolist()
+        for attachment, step in zip(self._attached, self._steps, strict=False):
+            attachment.step = step
+        self._total_steps = int(state["total_steps"]) or self._total_steps
+        self._skipped_before = int(state["skipped_updates"])
+        self.skipped.zero_()
+
+
+def _change(bound: _Bound, growth: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
+    """Update one mask, and zero the weight and the optimizer's state wherever it changed."""
+    mask, weight = bound.mask, bound.weight
+    if k == 0 or mask.nonzeros == mask.mask.numel():
+        return
+    new = drop_and_grow(updates.keep_score(weight), growth, mask.mask, k)
+    new = torch.where(finite.to(new.device), new, mask.mask)
+    unchanged = mask.mask == new
+    mask.mask.copy_(new)
+    zero_dropped_(weight, mask.mask)
+    for state in opt.state_tensors(optimizer, weight):
+        zero_dropped_(state, unchanged)
+
+
+@torch.no_grad()
+def _zero_dropped(bound: list[_Bound]) -> None:
+    for b in bound:
+        zero_dropped_(b.weight, b.mask.mask)
+
+
+def _check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse masks that do not fit, before anything is loaded."""
+    counts = state_dict.get(f"{prefix}updater._extra_state", {}).get("nonzeros", {})
+    for name, mask in masks_of(model).items():
+        saved = state_dict.get(f"{prefix}{name}_mask.mask")
+        if saved is None:
+            continue
+        if saved.shape != mask.mask.shape or saved.dtype != torch.bool:
+            found = f"{tuple(saved.shape)} {saved.dtype}"
+            raise ValueError(f"The state_dict's mask of {name} is {found}, the model's is {tuple(mask.mask.shape)} torch.bool.")
+        total = int(saved.sum()) if not saved.is_meta else None
+        if total == 0 or (name in counts and total not in (None, int(counts[name]))):
+            raise ValueError(
+                f"The state_dict's mask of {name} keeps {total} weights, its own count says "
+                f"{int(counts[name]) if name in counts else 'nothing'}: the file is damaged or was edited."
+            )
+
+
+def _settle_after_load(model: nn.Module, incompatible: Any) -> None:
+    """Make counts, zeros and gradients follow what was loaded."""
+    for name, mask in masks_of(model).items():
+        if not mask.mask.is_meta:
+            mask.nonzeros = int(mask.mask.sum())
+            with torch.no_grad():
+                zero_dropped_(model.get_parameter(name), mask.mask)
+    if isinstance(updater := model._modules.get("updater"), Updater):
+        updater._settle_gradients()
