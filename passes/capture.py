@@ -171,10 +171,13 @@ def _trace_region(module: nn.Module) -> Region | str:
     if reason := before.difference(module):
         before.restore(module)
         return reason
-    codes = {mode: graph.python_code("self").src for mode, graph in graphs.items()}
-    if codes[True] == codes[False]:
+    if _facts(graphs[True]) == _facts(graphs[False]):
         graphs[False] = graphs[True]
     return Region(graphs, constants)
+
+
+def _facts(graph: fx.Graph) -> list[tuple[str, ...]]:
+    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
 
 
 def _without_unread_attributes(graph: fx.Graph) -> fx.Graph:
@@ -221,7 +224,7 @@ class Captured(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate forward again, in both modes, after a graph was edited."""
-        codes = {graph: graph.python_code("self") for graph in self._graphs.values()}
+        codes = {graph: graph.python_code("self") for graph in dict.fromkeys(self._graphs.values())}
         forwards = {graph: _forward_from_src(code.src, code.globals) for graph, code in codes.items()}
         self._forwards = {mode: forwards[graph] for mode, graph in self._graphs.items()}
         return codes[self._graph]

@@ -4,5 +4,17 @@ from passes.capture import graphs
 from sparsify.api import fold, sparsify
 from sparsify.methods import Method, RigL, Static
 from sparsify.report import FlopReport, flop_report
+from sparsify.views import draw_graph, graph_table
 
-__all__ = ["FlopReport", "Method", "RigL", "Static", "flop_report", "fold", "graphs", "sparsify"]
+__all__ = [
+    "FlopReport",
+    "Method",
+    "RigL",
+    "Static",
+    "draw_graph",
+    "flop_report",
+    "fold",
+    "graph_table",
+    "graphs",
+    "sparsify",
+]

@@ -11,8 +11,8 @@ def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> 
     """Draw a mask uniformly among all with an exact count.
 
     It depends on its arguments only: every rank, device and numpy version draws the same, and no global generator moves.
-    16 random bits per weight give about the count; flipping random positions then makes it exact, and by symmetry every
-    mask stays equally likely.
+    8 random bits per weight give somewhat less than the count; setting random positions then makes it exact, and by
+    symmetry every mask stays equally likely.
 
     Args:
         shape: of the weight.
@@ -32,7 +32,7 @@ def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> 
     if nonzeros == size:
         return torch.ones(shape, dtype=torch.bool)
     bits = np.random.PCG64(np.random.SeedSequence([seed % 2**63, zlib.crc32(name.encode())]))
-    mask = bits.random_raw(-(-size // 4)).view(np.uint16)[:size] < round(nonzeros / size * 65536)
+    mask = bits.random_raw(-(-size // 8)).view(np.uint8)[:size] < nonzeros * 256 // size
     while surplus := int(np.count_nonzero(mask)) - nonzeros:
         wrong = surplus > 0  # the value that too many positions have
         share = (nonzeros if wrong else size - nonzeros) / size

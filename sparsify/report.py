@@ -169,7 +169,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         >>> report.dense_macs == 3 * 8 * 9 * 36 + 288 * 10
         True
     """
-    arguments = _arguments(model, inputs)
+    arguments = arguments_of(model, inputs)
     operations = run_on_meta(model, arguments)
     products, macs, other, uncounted = _tally(operations)
     layers = (*_weight_layers(model, macs), *products)
@@ -189,7 +189,8 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     )
 
 
-def _arguments(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
+def arguments_of(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
+    """Turn what users pass as `inputs` into the positional arguments of forward."""
     if isinstance(inputs, Tensor):
         return (inputs,)
     if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) for n in inputs):
@@ -262,16 +263,17 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
                 dense * kept // weight.numel(),
                 status,
                 reason.removeprefix("unsupported: "),
-                _dead_outputs(mask),
+                _dead_outputs(mask, dim=1 if op == "conv_transpose" else 0),
             )
         )
     return rows
 
 
-def _dead_outputs(mask: Mask | None) -> int:
+def _dead_outputs(mask: Mask | None, dim: int) -> int:
     if mask is None or mask.mask.is_meta:
         return 0
-    return int((~mask.mask.flatten(1).any(dim=1)).sum())
+    rows = mask.mask.movedim(dim, 0).flatten(1).cpu().numpy()  # numpy's `any` stops at the first True
+    return rows.shape[0] - int(rows.any(axis=1).sum())
 
 
 def _bytes(model: nn.Module) -> tuple[int, int]:

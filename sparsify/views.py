@@ -1,0 +1,118 @@
+"""Views of the rewritten graph: a table, and a drawing with the masked nodes standing out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from passes.capture import Captured
+from passes.macs import count
+from passes.masking import Mask, masks_of
+from passes.shapes import run_on_meta
+from sparsify.report import arguments_of
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """What the views show of one node."""
+
+    node: fx.Node
+    region: str
+    target: str
+    weights: tuple[str, ...]  # names of the masked weights it uses
+    shape: str
+    density: str
+    macs: int | None  # None where no inputs were given
+
+
+def _views(model: nn.Module, inputs: Any) -> list[NodeView]:
+    macs: Counter[tuple[str, str]] = Counter()
+    if inputs is not None:
+        for operation in run_on_meta(model, arguments_of(model, inputs)):
+            macs[operation.region, operation.node] += count(operation).macs or 0
+    views = []
+    for region, module in model.named_modules():
+        if isinstance(module, Captured):
+            masks = {f"{name}_mask": (name, mask) for name, mask in masks_of(module).items()}
+            for node in module.graph.nodes:
+                views.append(_view(node, region, masks, macs[region, node.name] if inputs is not None else None))
+    if not views:
+        raise ValueError("The model has no captured graph: pass one that sparsify() returned.")
+    return views
+
+
+def _view(node: fx.Node, region: str, masks: dict[str, tuple[str, Mask]], macs: int | None) -> NodeView:
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    inside = node.op == "call_module"
+    used = [m for path, m in masks.items() if inside and (path == target or path.startswith(f"{target}."))]
+    shapes = ", ".join("x".join(map(str, mask.mask.shape)) for _, mask in used)
+    densities = ", ".join(f"{mask.density:.4f}" for _, mask in used)
+    return NodeView(node, region, target, tuple(name for name, _ in used), shapes, densities, macs)
+
+
+def graph_table(model: nn.Module, inputs: Any = None) -> str:
+    """Return the rewritten graph of the current mode as a table, one line per node; masked nodes start with `*`.
+
+    Args:
+        model: a model that `sparsify` returned.
+        inputs: what `flop_report` takes; adds the MACs of each node (in evaluation).
+
+    Returns:
+        Columns: node, operation, target, weight shape, density, MACs.
+
+    Raises:
+        ValueError: the model has no captured graph, or the inputs do not fit.
+
+    Example:
+        >>> from sparsify import sparsify
+        >>> model = sparsify(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), density=0.5)
+        >>> print(graph_table(model, (1, 4)))  # doctest: +NORMALIZE_WHITESPACE
+        node       op           target    weight    density    MACs
+        ---------  -----------  --------  --------  ---------  ------
+        input_1    placeholder  input
+        * masked_  call_module  0         8x4       0.5000     32
+        _1         call_module  1
+        output     output       output
+    """
+    rows = []
+    for view in _views(model, inputs):
+        name = f"{view.region}: {view.node.name}" if view.region else view.node.name
+        macs = f"{view.macs:,}" if view.macs else ""
+        rows.append((f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs))
+    return tabulate(rows, headers=("node", "op", "target", "weight", "density", "MACs"), disable_numparse=True)
+
+
+def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
+    """Draw the rewritten graph of the current mode with graphviz; masked nodes are filled.
+
+    Args:
+        model: a model that `sparsify` returned.
+        path: of the file to write; its ending chooses the format (.svg, .png, .pdf, .dot).
+        inputs: what `flop_report` takes; adds the MACs of each node.
+
+    Raises:
+        ImportError: pygraphviz, the extra `plots`, is not installed.
+        ValueError: the model has no captured graph, or the inputs do not fit.
+    """
+    try:
+        import pygraphviz
+    except ImportError as error:
+        raise ImportError("Drawing a graph needs pygraphviz: pip install 'sparsify-fx[plots]'") from error
+    drawing = pygraphviz.AGraph(directed=True)
+    drawing.node_attr.update(shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10")
+    for view in _views(model, inputs):
+        macs = f"{view.macs:,} MACs" if view.macs else ""
+        weight = f"{view.shape} at {view.density}" if view.weights else ""
+        label = "\n".join(line for line in (view.node.name, f"{view.node.op}: {view.target}", weight, macs) if line)
+        drawing.add_node(_key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {}))
+        for source in view.node.all_input_nodes:
+            drawing.add_edge(_key(view.region, source), _key(view.region, view.node))
+    drawing.draw(path, prog="dot")
+
+
+def _key(region: str, node: fx.Node) -> str:
+    return f"{region}/{node.name}"
