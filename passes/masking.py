@@ -21,8 +21,8 @@ _CHUNK = 1 << 18  # elements: the widened mask of one chunk stays in the cache
 def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     """Set `tensor` to exactly 0 where `mask` is False, in place; NaN and inf there become 0 too.
 
-    On the CPU a bitwise and with the sign-extended mask runs near memory speed without a copy of the tensor
-    (`masked_fill_` is 6 times slower there, and float * bool lets NaN through).
+    On the CPU the bits are multiplied as integers, chunk by chunk: near memory speed and without a copy of the tensor
+    (`masked_fill_` takes several times as long there, and float * bool lets NaN through).
 
     Args:
         tensor: floating point, any shape.
@@ -39,7 +39,7 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
         return tensor.masked_fill_(~mask, 0)
     bits, keep = (t.as_strided((t.numel(),), (1,)) for t in (tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8)))
     for chunk, kept in zip(bits.split(_CHUNK), keep.split(_CHUNK), strict=True):
-        chunk.bitwise_and_(kept.neg().to(bits.dtype))  # True is 1 and -1 is all ones
+        chunk.mul_(kept)  # of integers, so that NaN * 0 is 0
     return tensor
 
 

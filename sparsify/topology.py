@@ -3,19 +3,25 @@
 Nothing here asks the device for a number: counts come in as Python integers and results are masks of fixed shape.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-_SAMPLES = 4096  # enough to place a threshold within a few percent
-_SMALL = 1 << 15  # below this many scores, partitioning them all is as fast
+Score = Callable[[Tensor], Tensor]  # elementwise
+
+_SAMPLES = 16384  # enough to bracket a threshold within about 1% of a layer
+_CHUNK = 1 << 18  # elements: what one chunk needs besides its input stays in the cache
 
 
-def select(scores: Tensor, k: int, among: Tensor) -> Tensor:
-    """Mark the `k` highest scores among some positions; ties go to the lowest index.
+def select(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
+    """Mark the `k` elements of highest score among some positions; ties go to the lowest index.
 
     Args:
-        scores: floating point, any shape; higher is chosen first. The order of ties is that of `scores.flatten()`.
+        tensor: floating point, any shape. The order of ties is that of `tensor.flatten()`.
+        score: elementwise function; higher is chosen first. Results at allowed positions must not be NaN.
         k: how many, from 0 to the number of True elements of `among`.
         among: bool, the same shape: where to choose.
 
@@ -23,61 +29,81 @@ def select(scores: Tensor, k: int, among: Tensor) -> Tensor:
         bool, the same shape, exactly `k` True elements, all inside `among`.
 
     Example:
-        >>> select(torch.tensor([3.0, 1.0, 3.0, 3.0]), 2, torch.tensor([True, True, True, False]))
+        >>> select(torch.tensor([-3.0, 1.0, 3.0, 3.0]), torch.abs, 2, torch.tensor([True, True, True, False]))
         tensor([ True, False,  True, False])
     """
     if k == 0:
         return torch.zeros_like(among, memory_format=torch.contiguous_format)
-    choose = _select_on_cpu if scores.device.type == "cpu" else _select_on_device
-    return choose(scores.flatten(), k, among.flatten()).view(scores.shape)
+    choose = _select_on_cpu if tensor.device.type == "cpu" else _select_on_device
+    return choose(tensor.flatten(), score, k, among.flatten()).view(tensor.shape)
 
 
-def _select_on_device(scores: Tensor, k: int, among: Tensor) -> Tensor:
+def _select_on_device(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
     """Select with fixed shapes and no host synchronisation: every position above the k-th score, then the first ties."""
-    scores = torch.where(among, scores, -torch.inf)  # (n,)
+    scores = torch.where(among, score(tensor), -torch.inf)  # (n,)
     threshold = scores.topk(k).values[-1]
     above, tied = scores > threshold, (scores == threshold) & among
     return above | (tied & (tied.cumsum(0) <= k - above.sum()))
 
 
-def _select_on_cpu(scores: Tensor, k: int, among: Tensor) -> Tensor:
-    """Select by partitioning only what lies above a sampled threshold: near memory speed on large layers."""
-    values = scores.float().numpy() if scores.element_size() < 4 else scores.numpy()  # numpy knows no bfloat16
-    allowed = among.numpy()
-    positions = np.flatnonzero(allowed & (values >= _sampled_threshold(values, k, allowed)))
-    if positions.size < k:  # the sample misled
-        positions = np.flatnonzero(allowed)
-    candidates = values[positions]
-    cut = candidates.size - k
-    threshold = candidates[np.argpartition(candidates, cut)[cut]]
+def _select_on_cpu(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
+    """Select near memory speed: a sample brackets the k-th score, and only what lies in the bracket is partitioned."""
+    low, high = _bracket(tensor, score, k, among)
+    chosen, positions, candidates = _split(tensor, score, among, low, high)
+    missing = k - np.count_nonzero(chosen)
+    if not 0 < missing <= positions.size:  # the sample misled
+        chosen, positions, candidates = _split(tensor, score, among, -np.inf, np.inf)
+        missing = k
+    threshold = np.partition(candidates, -missing)[-missing]
     above = positions[candidates > threshold]
-    tied = positions[candidates == threshold][: k - above.size]
-    chosen = np.zeros(values.shape, dtype=bool)
+    tied = positions[candidates == threshold][: missing - above.size]
     chosen[above] = True
     chosen[tied] = True
     return torch.from_numpy(chosen)
 
 
-def _sampled_threshold(values: np.ndarray, k: int, allowed: np.ndarray) -> float:
-    """Return a score that somewhat more than `k` of the allowed ones should reach."""
-    if values.size < _SMALL:
-        return -np.inf
-    stride = values.size // _SAMPLES | 1  # odd, so as not to walk along a power-of-two dimension
-    sample = np.sort(values[::stride][allowed[::stride]])
+def _split(tensor: Tensor, score: Score, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
+    """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
+    chosen = np.empty(tensor.shape, dtype=bool)
+    positions, candidates = [], []
+    for start, chunk, allowed in zip(range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True):
+        values, inside = _scores(chunk, score), allowed.numpy()
+        above = np.logical_and(values > high, inside, out=chosen[start : start + _CHUNK])
+        between = np.flatnonzero(((values >= low) & inside) ^ above)
+        positions.append(between + start)
+        candidates.append(values[between])
+    return chosen, np.concatenate(positions), np.concatenate(candidates)
+
+
+def _bracket(tensor: Tensor, score: Score, k: int, among: Tensor) -> tuple[float, float]:
+    """Return two scores between which the k-th highest of the allowed ones should lie."""
+    if len(tensor) < 2 * _SAMPLES:
+        return -np.inf, np.inf
+    stride = len(tensor) // _SAMPLES
+    while math.gcd(stride, len(tensor)) > 1:  # else it could step through kernels always at the same place
+        stride += 1
+    sample = np.sort(_scores(tensor[::stride], score)[among[::stride].numpy()])
     expected = k / stride  # how many of the sample belong to the k highest
     margin = 4 * np.sqrt(expected) + 4
-    rank = int(expected + margin)
-    return sample[-rank] if rank <= sample.size else -np.inf
+    low, high = sample.size - int(expected + margin), sample.size - int(expected - margin)
+    return sample[low] if low >= 0 else -np.inf, sample[high] if high < sample.size else np.inf
 
 
-def drop_and_grow(keep: Tensor, growth: Tensor, mask: Tensor, k: int) -> Tensor:
+def _scores(tensor: Tensor, score: Score) -> np.ndarray:
+    scores = score(tensor)
+    return (scores.float() if scores.element_size() < 4 else scores).numpy()  # numpy knows no bfloat16
+
+
+def drop_and_grow(weight: Tensor, keep: Score, gradient: Tensor, growth: Score, mask: Tensor, k: int) -> Tensor:
     """Drop the `k` active weights of lowest score, then grow the `k` candidates of highest score (RigL, Algorithm 1).
 
     Candidates are the inactive weights and those just dropped, so a dropped weight may come straight back.
 
     Args:
-        keep: score of staying active (|w| for RigL), floating point, any shape.
-        growth: score of becoming active (|dense gradient| for RigL), the same shape.
+        weight: floating point, any shape.
+        keep: score of a weight for staying active (|w| for RigL).
+        gradient: dense, the same shape.
+        growth: score of a gradient for becoming active (|g| for RigL).
         mask: bool, the same shape.
         k: how many, from 0 to the number of active weights.
 
@@ -86,9 +112,9 @@ def drop_and_grow(keep: Tensor, growth: Tensor, mask: Tensor, k: int) -> Tensor:
 
     Example:
         >>> weight, grad = torch.tensor([4.0, -1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0, -3.0, 1.0])
-        >>> drop_and_grow(weight.abs(), grad.abs(), weight != 0, 1)
+        >>> drop_and_grow(weight, torch.abs, grad, torch.abs, weight != 0, 1)
         tensor([ True, False,  True,  True, False])
     """
-    dropped = select(-keep, k, among=mask)
-    grown = select(growth, k, among=~mask | dropped)
+    dropped = select(weight, lambda w: -keep(w), k, among=mask)
+    grown = select(gradient, growth, k, among=~mask | dropped)
     return (mask & ~dropped) | grown

@@ -226,12 +226,14 @@ class Updater(nn.Module):
         self._check_bound(attachment)
         fraction = updates.drop_fraction(attachment.step + 1, self._end_step(updates))
         gradients = [(b, opt.dense_gradient(attachment.optimizer, b.weight)) for b in attachment.bound]
-        scored = [(b, updates.growth_score(g)) for b, g in gradients if g is not None]
-        if scored:
-            finite = torch.stack([score.amax().to(self.skipped.device) for _, score in scored]).isfinite().all()
+        present = [(b, g) for b, g in gradients if g is not None]
+        if present:
+            finite = _all_finite([g for _, g in present], self.skipped.device)
             self.skipped += ~finite
-            for bound, score in scored:
-                _change(bound, score, int(fraction * bound.mask.nonzeros), finite, updates, attachment.optimizer)
+            for bound, gradient in present:
+                k = int(fraction * bound.mask.nonzeros)
+                if k and bound.mask.density < 1:
+                    _change(bound, gradient, k, finite, updates, attachment.optimizer)
         opt.skip_step(attachment.optimizer)
 
     def _check_bound(self, attachment: _Attachment) -> None:
@@ -276,16 +278,21 @@ class Updater(nn.Module):
         self.skipped.zero_()
 
 
-def _change(bound: _Bound, growth: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
+def _all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
+    # Minimum and maximum propagate NaN, and read each gradient once.
+    extremes = [extreme.to(device) for gradient in gradients for extreme in gradient.aminmax()]
+    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
+
+
+def _change(bound: _Bound, gradient: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
     """Update one mask, and zero the weight and the optimizer's state wherever it changed."""
     mask, weight = bound.mask, bound.weight
-    if k == 0 or mask.nonzeros == mask.mask.numel():
-        return
-    new = drop_and_grow(updates.keep_score(weight), growth, mask.mask, k)
-    new = torch.where(finite.to(new.device), new, mask.mask)
-    unchanged = mask.mask == new
-    mask.mask.copy_(new)
+    new = drop_and_grow(weight, updates.keep_score, gradient, updates.growth_score, mask.mask, k)
+    changed = mask.mask.logical_xor(new)
+    changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
+    mask.mask.logical_xor_(changed)
     zero_dropped_(weight, mask.mask)
+    unchanged = changed.logical_not_()
     for state in opt.state_tensors(optimizer, weight):
         zero_dropped_(state, unchanged)
 
