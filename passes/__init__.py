@@ -1,6 +1,7 @@
 """Graph passes: what a model computes, and how to rewrite it onto masks. Knows nothing of training methods."""
 
-from passes.capture import Capture, Captured, graphs, install, trace
+from passes.capture import Capture, trace
+from passes.captured import Captured, graphs, install
 from passes.fold import fold_
 from passes.masking import Mask, mask_weights, masks_of
 from passes.shapes import run_on_meta

@@ -98,7 +98,7 @@ def _same(now: Any, saved: Any) -> bool:
     # Elements are compared by identity: `==` on a value that holds an fx.Proxy would be recorded into the graph.
     if not isinstance(saved, _CONTAINERS) or type(now) is not type(saved):
         return now is saved
-    if isinstance(saved, dict):
+    if isinstance(saved, dict) and isinstance(now, dict):
         return now.keys() == saved.keys() and all(now[k] is saved[k] for k in saved)
     return len(now) == len(saved) and {id(v) for v in now} == {id(v) for v in saved}
 

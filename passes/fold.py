@@ -1,9 +1,11 @@
 """Fold: a masked model back to the plain dense one it was made from, with the masks baked into the weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from passes.capture import Captured, user_class
+from passes.captured import Captured, user_class
 from passes.masking import Mask, MaskedLeaf, leaf_class, masks_of, zero_dropped_
 
 _GRAPH_STATE = ("_graphs", "_forwards", "meta", "shape_env", "_tracer_cls", "_tracer_extras", "_deepcopy_hooks")
@@ -26,8 +28,8 @@ def fold_(model: nn.Module) -> nn.Module:
         for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:
             delattr(module, name)
         if isinstance(module, MaskedLeaf):
-            module.__class__ = leaf_class(module)
-            del module._masked
+            vars(module).pop("_masked")
+            _set_class(module, leaf_class(module))
         elif isinstance(module, Captured):
             _uncapture(module)
     return model
@@ -37,6 +39,10 @@ def _uncapture(module: Captured) -> None:
     constants = {str(n.target) for g in module._graphs.values() for n in g.nodes if n.op == "get_attr"}
     for name in [n for n in module._buffers if n.startswith("_tensor_constant") and n in constants]:
         delattr(module, name)
-    module.__class__ = user_class(module)
+    _set_class(module, user_class(module))
     for name in (*_GRAPH_STATE, *_GRAPH_HOOKS):
         vars(module).pop(name, None)
+
+
+def _set_class(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls

@@ -49,7 +49,9 @@ class _Value:
         return self.value
 
 
-def _by_fvcore(handle: Callable[..., Any], arrange: Callable[[tuple[Any, ...]], Sequence[Any]] = tuple) -> Callable[[Operation], int]:
+def _by_fvcore(
+    handle: Callable[..., Any], arrange: Callable[[tuple[Any, ...]], Sequence[Any]] = tuple
+) -> Callable[[Operation], int]:
     """Make a counter from one of fvcore's; `arrange` puts arguments where the handle expects them."""
 
     def count(operation: Operation) -> int:

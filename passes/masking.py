@@ -37,7 +37,9 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     """
     if not _can_mask_bits(tensor, mask):
         return tensor.masked_fill_(~mask, 0)
-    bits, keep = (t.as_strided((t.numel(),), (1,)) for t in (tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8)))
+    bits, keep = (
+        t.as_strided((t.numel(),), (1,)) for t in (tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8))
+    )
     for chunk, kept in zip(bits.split(_CHUNK), keep.split(_CHUNK), strict=True):
         chunk.mul_(kept)  # of integers, so that NaN * 0 is 0
     return tensor
@@ -199,7 +201,7 @@ def _mask_leaves(
         names = tuple(name for name, p in leaf.named_parameters() if p in masks)
         if is_builtin(leaf) and names and not isinstance(leaf, MaskedLeaf):
             leaf.__class__ = _masked_class(type(leaf))
-            leaf._masked = names  # pyright: ignore[reportAttributeAccessIssue]
+            vars(leaf)["_masked"] = names
             yield target, leaf
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from passes.capture import Captured
+from passes.captured import Captured
 from passes.effects import preserve_rng
 from passes.masking import Mask
 
@@ -54,15 +55,17 @@ def run_on_meta(model: nn.Module, inputs: Sequence[Any]) -> list[Operation]:
         if weight.dim() >= 2:  # the bias of an addmm is not its weight
             recorder.owners[_storage(weight)] = name
     recorder.watch(shadow)
-    arguments = torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), tuple(inputs))
+    arguments = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), tuple(inputs))
     with preserve_rng(), torch.enable_grad():  # with gradients, attention does not take its opaque fast path
         try:
             with recorder:
                 shadow(*arguments)
         except Exception as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor))
+            shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}") from error
+            raise ValueError(
+                f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}"
+            ) from error
     return recorder.operations
 
 
@@ -77,7 +80,9 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
     for module in model.modules():
-        memo |= {id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or isinstance(v, dict) and not v}
+        memo |= {
+            id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or (isinstance(v, dict) and not v)
+        }
         if isinstance(module, Mask):
             memo[id(module)] = nn.Identity()
     shadow = copy.deepcopy(model, memo)

@@ -35,17 +35,17 @@ _MATMUL = {"input": 0, "other": 1, "mat2": 1}
 _CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
     F.linear: ("linear", {"weight": 1}, 0),
     F.bilinear: ("bilinear", {"weight": 2}, 0),
-    **{f: ("conv", _CONV, 0) for f in (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)},
-    **{f: ("conv_transpose", _CONV, 1) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
-    **{f: ("matmul", _MATMUL, None) for f in (torch.matmul, torch.mm, torch.bmm, operator.matmul)},
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
     **{f: ("matmul", {"mat1": 1, "mat2": 2}, None) for f in (torch.addmm,)},
     **{f: ("matmul", {"batch1": 1, "batch2": 2}, None) for f in (torch.baddbmm,)},
-    **{f: ("matmul", _MATMUL, None) for f in ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__")},
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
 }
 
 _VIEWS = frozenset(
-    """view reshape permute transpose swapaxes t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind expand
-    contiguous movedim moveaxis view_as reshape_as expand_as""".split()
+    """view reshape permute transpose swapaxes t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind
+    expand contiguous movedim moveaxis view_as reshape_as expand_as""".split()
 )
 _SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
 
@@ -114,9 +114,7 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
         if weight not in found:
             found[weight], broken[weight] = [use], problem
     names = [(name, p) for name, p in model.named_parameters() if p in found and p.dim() >= 2]
-    return tuple(
-        Site(name, i, tuple(p.shape), tuple(found[p]), broken.get(p, "")) for i, (name, p) in enumerate(names)
-    )
+    return tuple(Site(name, i, tuple(p.shape), tuple(found[p]), broken.get(p, "")) for i, (name, p) in enumerate(names))
 
 
 def leaf_weights(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
@@ -199,7 +197,7 @@ def is_view(module: nn.Module, node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
         return _view_name(node.all_input_nodes[0]) in _SPLITS
-    return _view_name(node) in _VIEWS or node.target is getattr and node.args[1] in ("T", "mT")
+    return _view_name(node) in _VIEWS or (node.target is getattr and node.args[1] in ("T", "mT"))
 
 
 def _view_name(node: fx.Node) -> str:
@@ -228,4 +226,3 @@ def _composite_weights(leaf: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
         weights = [w for child in leaf.modules() for w, _ in leaf_weights(child)]
     for weight in weights:
         yield weight, f"torch.nn.{type(leaf).__name__} reads it in code of its own"
-

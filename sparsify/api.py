@@ -10,19 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from passes.capture import install, trace
+from passes.capture import trace
+from passes.captured import install
 from passes.fold import fold_
 from passes.masking import Mask, mask_weights, masks_of
 from passes.sites import Site, find_sites
 from sparsify.distributions import DISTRIBUTIONS, Distribution, kept, solve_density
+from sparsify.flops import flop_report
 from sparsify.initialization import random_mask, rescale_to_fan_in
 from sparsify.methods import METHODS, Method
-from sparsify.report import flop_report
 from sparsify.updater import Updater
 
 T = TypeVar("T")
 Patterns = Mapping[str, float]
-INITS = ("keep", "fan_in")
 
 
 def sparsify(
@@ -73,9 +73,9 @@ def sparsify(
     """
     _check_model(model)
     _check_budget(density, flops, inputs)
-    distribution = _resolve(distribution, DISTRIBUTIONS, "distribution")
-    method = _resolve(method, {name: make() for name, make in METHODS.items()}, "method")
-    _resolve(init, {name: name for name in INITS}, "init")
+    distribution = _resolve(distribution, DISTRIBUTIONS, "distribution", callable)
+    method = _resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
+    adapt_weights = _resolve(init, INITS, "init", lambda choice: False)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
     model = model if inplace else copy.deepcopy(model)
@@ -89,8 +89,7 @@ def sparsify(
     rules |= {site.name: _no_density(distribution) for site in candidates if site.name not in densities}
     masks = _draw(model, sites, densities, seed)
     model = mask_weights(install(model, capture), capture, masks)
-    if init == "fan_in":
-        _rescale(model, sites)
+    adapt_weights(model, sites)
     model.updater = Updater(model, method, rules)
     return model
 
@@ -118,7 +117,9 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or not masks_of(model):
         raise ValueError("fold() takes a model that sparsify() returned; this one has no masks.")
     plain = copy.deepcopy(model)
-    plain.updater.remove()
+    updater = plain.get_submodule("updater")
+    assert isinstance(updater, Updater)
+    updater.remove()
     return fold_(plain)
 
 
@@ -142,14 +143,11 @@ def _check_budget(density: Any, flops: Any, inputs: Any) -> None:
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
 
-def _resolve(choice: Any, known: Mapping[str, T], what: str) -> T:
-    if not isinstance(choice, str):
-        expected = Method if what == "method" else Callable
-        if what == "init" or not isinstance(choice, expected):
-            raise ValueError(f"{what}={choice!r} must be one of {', '.join(known)}" + (", or a record such as RigL()." if what == "method" else "."))
+def _resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool]) -> T:
+    if accepts(choice):
         return choice
     if choice not in known:
-        near = difflib.get_close_matches(choice.lower(), known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
     return known[choice]
@@ -165,7 +163,9 @@ def _dense_by_rule(sites: Sequence[Site], exclude: Sequence[str]) -> dict[str, s
             if fnmatch.fnmatchcase(site.name, pattern):
                 rules[site.name] = f"excluded by {pattern!r}"
     if len(rules) == len(sites):
-        raise ValueError(f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}")
+        raise ValueError(
+            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}"
+        )
     return rules
 
 
@@ -193,7 +193,9 @@ def _no_density(distribution: Distribution) -> str:
     return f"first layer, dense under {getattr(distribution, '__name__', 'this distribution')}"
 
 
-def _density_for(model: nn.Module, sites: Sequence[Site], distribution: Distribution, flops: float, inputs: Any) -> float:
+def _density_for(
+    model: nn.Module, sites: Sequence[Site], distribution: Distribution, flops: float, inputs: Any
+) -> float:
     report = flop_report(model, inputs)
     macs = {layer.name: layer.dense_macs for layer in report.layers if layer.weight_shape}
     sizes = {site.name: site.size for site in sites}
@@ -219,8 +221,15 @@ def _draw(model: nn.Module, sites: Sequence[Site], densities: Mapping[str, float
     return masks
 
 
-def _rescale(model: nn.Module, sites: Sequence[Site]) -> None:
+def _keep_weights(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Leave kept weights as they are."""
+
+
+def _rescale_weights(model: nn.Module, sites: Sequence[Site]) -> None:
     masks = masks_of(model)
     for site in sites:
         if site.name in masks:
             rescale_to_fan_in(model.get_parameter(site.name), masks[site.name].mask, site.uses[0].out_dim)
+
+
+INITS = {"keep": _keep_weights, "fan_in": _rescale_weights}

@@ -12,8 +12,9 @@ from torch import nn
 
 from sparsify.api import sparsify
 from sparsify.distributions import DISTRIBUTIONS
+from sparsify.flops import flop_report
 from sparsify.methods import METHODS
-from sparsify.report import FlopReport, flop_report
+from sparsify.report import FlopReport
 from sparsify.views import draw_graph, graph_table
 
 _EXAMPLES = """examples:
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)")
+    parser.add_argument(
+        "model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)"
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--density", type=float, metavar="D", help="fraction of the weights to keep, in (0, 1]")
     budget.add_argument("--flops", type=float, metavar="F", help="fraction of the dense FLOPs to keep, in (0, 1]")
@@ -64,11 +67,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,NAME...]",
         help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)}; several print a comparison (default: erk)",
     )
-    parser.add_argument("--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)")
-    parser.add_argument("--input", type=_shape, default=None, metavar="1x3x224x224", help="input shape (default: 1x3x224x224; video 1x3x16x112x112)")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="parameters that stay dense: fnmatch patterns such as 'fc.*'")
+    parser.add_argument(
+        "--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)"
+    )
+    parser.add_argument(
+        "--input",
+        type=_shape,
+        default=None,
+        metavar="1x3x224x224",
+        help="input shape (default: 1x3x224x224; video 1x3x16x112x112)",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that stay dense: fnmatch patterns such as 'fc.*'",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
-    parser.add_argument("--graph", nargs="?", const="-", metavar="FILE", help="show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)")
+    parser.add_argument(
+        "--graph",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
     return parser
@@ -134,7 +157,9 @@ def compare(reports: dict[str, FlopReport]) -> str:
         The text of the table.
     """
     columns = list(reports.values())
-    rows = [[x.name, *(f"{r.layers[i].density:.4f}" for r in columns)] for i, x in enumerate(columns[0].layers) if x.params]
+    rows = [
+        [x.name, *(f"{r.layers[i].density:.4f}" for r in columns)] for i, x in enumerate(columns[0].layers) if x.params
+    ]
     rows += [
         ["kept weights", *(f"{sum(x.nonzeros for x in r.layers):,}" for r in columns)],
         ["inference FLOPs / dense", *(f"{r.inference_ratio:.4f}" for r in columns)],

@@ -105,9 +105,6 @@ def Static() -> Method:  # noqa: N802
     return Method("static", _sparse_ratio, _sparse_ratio)
 
 
-METHODS: dict[str, Callable[[], Method]] = {"rigl": RigL, "static": Static}
-
-
 def _check_whole(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
@@ -117,3 +114,6 @@ def _check_between(name: str, value: Any, open_above: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= 1 or (open_above and value == 1):
         raise ValueError(f"{name}={value!r} must lie in (0, 1{')' if open_above else ']'}.")
+
+
+METHODS: dict[str, Method] = {"rigl": RigL(), "static": Static()}

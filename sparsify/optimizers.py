@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # With a gradient of zero and a state of zero these leave a weight of zero at zero.
-_KEEP_ZEROS = frozenset(
-    """SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS""".split()
-)
+_KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS".split())
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:

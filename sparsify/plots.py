@@ -29,7 +29,9 @@ def plot_report(report: FlopReport, path: str) -> None:
     density.bar(positions, [layer.density for layer in layers], color="tab:blue")
     density.set(ylabel="density", ylim=(0, 1.02), title=f"{report.model}: {report.inference_ratio:.4f} of dense MACs")
     macs.bar([p - 0.2 for p in positions], [x.dense_macs for x in layers], width=0.4, label="dense", color="tab:gray")
-    macs.bar([p + 0.2 for p in positions], [x.sparse_macs for x in layers], width=0.4, label="sparse", color="tab:orange")
+    macs.bar(
+        [p + 0.2 for p in positions], [x.sparse_macs for x in layers], width=0.4, label="sparse", color="tab:orange"
+    )
     macs.set(ylabel="MACs", xticks=positions)
     macs.set_xticklabels([layer.name.removesuffix(".weight") for layer in layers], rotation=90, fontsize=7)
     macs.legend()

@@ -8,14 +8,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import Tensor, nn
 
-from passes.macs import count
-from passes.masking import Mask, masks_of
-from passes.shapes import Operation, run_on_meta
-from passes.sites import leaf_weights
 from sparsify.plots import plot_report
 
 
@@ -108,7 +102,16 @@ class FlopReport:
         rows = [_cells(layer) for layer in self.layers]
         params = sum(layer.params for layer in self.layers)
         nonzeros = sum(layer.nonzeros for layer in self.layers)
-        total = ("total", "", "", nonzeros, params, f"{nonzeros / max(params, 1):.4f}", self.dense_macs, self.sparse_macs)
+        total = (
+            "total",
+            "",
+            "",
+            nonzeros,
+            params,
+            f"{nonzeros / max(params, 1):.4f}",
+            self.dense_macs,
+            self.sparse_macs,
+        )
         table = tabulate([*rows, total], headers=head, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
         return "\n".join([table, "", *self._summary()])
 
@@ -128,7 +131,9 @@ class FlopReport:
         if self.uncounted:
             lines.append("uncounted: " + ", ".join(f"{name} x{n}" for name, n in self.uncounted.items()))
         reasons = Counter((x.status, x.reason) for x in self.layers if x.weight_shape)
-        lines += ["coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())]
+        lines += [
+            "coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())
+        ]
         return lines
 
 
@@ -145,146 +150,3 @@ def _giga(number: float) -> str:
 
 def _mega(number: float) -> str:
     return f"{number / 1e6:,.1f} MB"
-
-
-def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
-    """Count the FLOPs, parameters and bytes of a model, statically.
-
-    A copy of the structure runs on meta tensors: no data, no forward pass of the model, and nothing of it changes. Counted
-    is inference, whatever mode the model is in; weights that only training uses have rows with 0 MACs.
-
-    Args:
-        model: any module, sparsified or dense, on any device including meta.
-        inputs: what forward takes: a tensor, a tuple of tensors, or one input shape such as (1, 3, 224, 224).
-
-    Returns:
-        A report; `print` shows it as a table.
-
-    Raises:
-        ValueError: the inputs do not fit the model; the message names the node.
-        TypeError: `inputs` is none of the three.
-
-    Example:
-        >>> report = flop_report(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), (1, 3, 8, 8))
-        >>> report.dense_macs == 3 * 8 * 9 * 36 + 288 * 10
-        True
-    """
-    arguments = arguments_of(model, inputs)
-    operations = run_on_meta(model, arguments)
-    products, macs, other, uncounted = _tally(operations)
-    layers = (*_weight_layers(model, macs), *products)
-    method = getattr(model._modules.get("updater"), "method", None)
-    dense, sparse = sum(x.dense_macs for x in layers), sum(x.sparse_macs for x in layers)
-    ratio = sparse / dense if dense else 1.0
-    return FlopReport(
-        type(model).__name__,
-        tuple(tuple(t.shape) for t in arguments if isinstance(t, Tensor)),
-        method.name if method else "none",
-        layers,
-        *_bytes(model),
-        method.training_ratio(ratio) if method else 1.0,
-        method.exact_training_ratio(ratio) if method else 1.0,
-        other,
-        uncounted,
-    )
-
-
-def arguments_of(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
-    """Turn what users pass as `inputs` into the positional arguments of forward."""
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) for n in inputs):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),)
-    if isinstance(inputs, tuple) and any(isinstance(t, Tensor) for t in inputs):
-        return inputs
-    raise TypeError(f"inputs={inputs!r} must be a tensor, a tuple of tensors, or one input shape such as (1, 3, 224, 224).")
-
-
-_Macs = dict[str, tuple[str, int]]  # {parameter name: (op, MACs)}
-
-
-def _tally(operations: list[Operation]) -> tuple[list[Layer], _Macs, int, dict[str, int]]:
-    """Sum up operations: rows of products, MACs per weight, other FLOPs, and what has no counter."""
-    products: Counter[tuple[str, str]] = Counter()
-    macs: _Macs = {}
-    other, uncounted = 0, Counter[str]()
-    for operation in operations:
-        cost = count(operation)
-        op = operation.name.removeprefix("aten.")
-        weight = next((w for w in operation.weights if w), None)
-        if cost.macs is None:
-            other += cost.other or 0
-            uncounted[op] += cost.other is None and not _is_free(op)
-        elif weight:
-            macs[weight] = (op, macs.get(weight, ("", 0))[1] + cost.macs)
-        else:
-            products[operation.module or operation.node or "forward", op] += cost.macs
-    rows = [Layer(name, op, None, 0, 0, n, n, "product") for (name, op), n in products.items()]
-    return rows, macs, other, {op: n for op, n in uncounted.most_common() if n}
-
-
-# Operations that compute nothing: views, allocation, and copies of data.
-_FREE = frozenset(
-    """view _unsafe_view reshape t transpose permute expand select slice unsqueeze squeeze detach alias as_strided split
-    split_with_sizes chunk unbind empty empty_like new_empty empty_strided clone copy_ _to_copy contiguous fill_ zeros ones new_zeros
-    new_ones full arange cat stack constant_pad_nd roll lift_fresh as_strided_ zero_ unfold _reshape_alias""".split()
-)
-
-
-def _is_free(op: str) -> bool:
-    return op in _FREE
-
-
-_OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
-
-
-def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
-    masks = masks_of(model)
-    rules: dict[str, str] = getattr(model._modules.get("updater"), "rules", {})
-    hidden = {w: op for module in model.modules() for w, op in leaf_weights(module)}
-    rows = []
-    for name, weight in model.named_parameters():
-        if weight.dim() < 2 or not (name in macs or name in masks or name in rules or weight in hidden):
-            continue
-        op, dense = macs.get(name, (hidden.get(weight, ""), 0))
-        mask = masks.get(name)
-        kept = mask.nonzeros if mask else weight.numel()
-        reason = "" if mask else rules.get(name, "replaced after sparsify" if rules or masks else "")
-        status = "masked" if mask else "unsupported" if reason.startswith("unsupported") else "dense"
-        rows.append(
-            Layer(
-                name,
-                _OPS.get(op, op),
-                tuple(weight.shape),
-                weight.numel(),
-                kept,
-                dense,
-                dense * kept // weight.numel(),
-                status,
-                reason.removeprefix("unsupported: "),
-                _dead_outputs(mask, dim=1 if op == "conv_transpose" else 0),
-            )
-        )
-    return rows
-
-
-def _dead_outputs(mask: Mask | None, dim: int) -> int:
-    if mask is None or mask.mask.is_meta:
-        return 0
-    rows = mask.mask.movedim(dim, 0).flatten(1).cpu().numpy()  # numpy's `any` stops at the first True
-    return rows.shape[0] - int(rows.any(axis=1).sum())
-
-
-def _bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a file that holds parameters and buffers: dense, and with kept weights and 1 mask bit per weight."""
-    masks = masks_of(model)
-    own = {id(buffer) for m in model.modules() if isinstance(m, Mask) for buffer in m.buffers()}
-    persistent = [t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in own]
-    dense = sum({id(t): t.numel() * t.element_size() for t in persistent}.values())
-    saved = 0
-    for name, mask in masks.items():
-        if mask.density < 1:
-            size, kept = mask.mask.numel(), mask.nonzeros
-            saved += (size - kept) * model.get_parameter(name).element_size() - -(-size // 8)
-    return dense, dense - saved

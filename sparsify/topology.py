@@ -66,7 +66,9 @@ def _split(tensor: Tensor, score: Score, among: Tensor, low: float, high: float)
     """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
     chosen = np.empty(tensor.shape, dtype=bool)
     positions, candidates = [], []
-    for start, chunk, allowed in zip(range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True):
+    for start, chunk, allowed in zip(
+        range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True
+    ):
         values, inside = _scores(chunk, score), allowed.numpy()
         above = np.logical_and(values > high, inside, out=chosen[start : start + _CHUNK])
         between = np.flatnonzero(((values >= low) & inside) ^ above)

@@ -7,40 +7,17 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.masking import Mask, masks_of, zero_dropped_
+from passes.masking import masks_of
 from sparsify import optimizers as opt
+from sparsify.attachment import Attachment, Bound, all_finite, change, zero_all_dropped
+from sparsify.loading import check_before_load, settle_after_load
 from sparsify.methods import Method, Updates
-from sparsify.topology import drop_and_grow
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A masked weight that an attached optimizer trains."""
-
-    name: str
-    weight: nn.Parameter
-    mask: Mask
-
-
-@dataclass
-class _Attachment:
-    """One optimizer, the masked weights it trains, and how many steps it has taken."""
-
-    optimizer: Optimizer
-    bound: list[_Bound]
-    step: int
-    handles: list[Any]
-
-    def set_dense_gradients(self, dense: bool) -> None:
-        for b in self.bound:
-            b.mask.dense_gradient = dense
 
 
 class Updater(nn.Module):
@@ -60,15 +37,15 @@ class Updater(nn.Module):
         self.rules = dict(rules)
         self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
         self._sites = tuple(masks_of(model))
-        self._attached: list[_Attachment] = []
+        self._attached: list[Attachment] = []
         self._steps = [0]
         self._total_steps = 0
         # Updates that a non-finite gradient prevented: counted on the device, read when the host asks.
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64), persistent=False)
         self._skipped_before = 0
         self._load_hooks = (
-            model.register_load_state_dict_pre_hook(_check_before_load),
-            model.register_load_state_dict_post_hook(_settle_after_load),
+            model.register_load_state_dict_pre_hook(check_before_load),
+            model.register_load_state_dict_post_hook(_after_load),
         )
 
     # What people read.
@@ -142,14 +119,17 @@ class Updater(nn.Module):
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
         self._check_attach(optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
-            warnings.warn(f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.", stacklevel=2)
+            warnings.warn(
+                f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.",
+                stacklevel=2,
+            )
         masks, steps = masks_of(self._model[0]), self._clocks()
         self._total_steps = total_steps
         for i, optimizer in enumerate(optimizers):
             own = set(opt.parameters(optimizer))
             weights = ((name, self._model[0].get_parameter(name)) for name in masks)
-            bound = [_Bound(name, weight, masks[name]) for name, weight in weights if weight in own]
-            attachment = _Attachment(optimizer, bound, steps[i] if i < len(steps) else max(steps), [])
+            bound = [Bound(name, weight, masks[name]) for name, weight in weights if weight in own]
+            attachment = Attachment(optimizer, bound, steps[i] if i < len(steps) else max(steps), [])
             attachment.handles += [
                 optimizer.register_step_pre_hook(functools.partial(self._before_step, attachment)),
                 optimizer.register_step_post_hook(functools.partial(self._after_step, attachment)),
@@ -157,7 +137,10 @@ class Updater(nn.Module):
             self._attached.append(attachment)
         self._settle_gradients()
         for name in self.replaced:
-            warnings.warn(f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.", stacklevel=2)
+            warnings.warn(
+                f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.",
+                stacklevel=2,
+            )
 
     def detach(self) -> None:
         """Let go of the optimizers: masks stay as they are, and a later `attach` counts its steps from 1 again."""
@@ -203,23 +186,23 @@ class Updater(nn.Module):
         updates = self.method.updates
         return updates is not None and updates.at(step, self._end_step(updates))
 
-    def _before_step(self, attachment: _Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    def _before_step(self, attachment: Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if not self._updates_at(attachment.step + 1):
             return None
         return opt.before_step(optimizer, args, kwargs, functools.partial(self._update, attachment))
 
-    def _after_step(self, attachment: _Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, attachment: Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         attachment.step += 1
         if self._updates_at(attachment.step):
             opt.forget_history(optimizer)
         elif not opt.keeps_zeros(optimizer):
-            _zero_dropped(attachment.bound)
+            zero_all_dropped(attachment.bound)
         dense = self._updates_at(attachment.step + 1)
         if dense or self._updates_at(attachment.step):
             attachment.set_dense_gradients(dense)
 
     @torch.no_grad()
-    def _update(self, attachment: _Attachment) -> None:
+    def _update(self, attachment: Attachment) -> None:
         """Change the topology instead of taking this step (RigL, Algorithm 1)."""
         updates = self.method.updates
         assert updates is not None
@@ -228,15 +211,15 @@ class Updater(nn.Module):
         gradients = [(b, opt.dense_gradient(attachment.optimizer, b.weight)) for b in attachment.bound]
         present = [(b, g) for b, g in gradients if g is not None]
         if present:
-            finite = _all_finite([g for _, g in present], self.skipped.device)
+            finite = all_finite([g for _, g in present], self.skipped.device)
             self.skipped += ~finite
             for bound, gradient in present:
                 k = int(fraction * bound.mask.nonzeros)
                 if k and bound.mask.density < 1:
-                    _change(bound, gradient, k, finite, updates, attachment.optimizer)
+                    change(bound, gradient, k, finite, updates, attachment.optimizer)
         opt.skip_step(attachment.optimizer)
 
-    def _check_bound(self, attachment: _Attachment) -> None:
+    def _check_bound(self, attachment: Attachment) -> None:
         masks = masks_of(self._model[0])
         for b in attachment.bound:
             if masks.get(b.name) is not b.mask or self._model[0].get_parameter(b.name) is not b.weight:
@@ -278,55 +261,7 @@ class Updater(nn.Module):
         self.skipped.zero_()
 
 
-def _all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
-    # Minimum and maximum propagate NaN, and read each gradient once.
-    extremes = [extreme.to(device) for gradient in gradients for extreme in gradient.aminmax()]
-    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
-
-
-def _change(bound: _Bound, gradient: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
-    """Update one mask, and zero the weight and the optimizer's state wherever it changed."""
-    mask, weight = bound.mask, bound.weight
-    new = drop_and_grow(weight, updates.keep_score, gradient, updates.growth_score, mask.mask, k)
-    changed = mask.mask.logical_xor(new)
-    changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
-    mask.mask.logical_xor_(changed)
-    zero_dropped_(weight, mask.mask)
-    unchanged = changed.logical_not_()
-    for state in opt.state_tensors(optimizer, weight):
-        zero_dropped_(state, unchanged)
-
-
-@torch.no_grad()
-def _zero_dropped(bound: list[_Bound]) -> None:
-    for b in bound:
-        zero_dropped_(b.weight, b.mask.mask)
-
-
-def _check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse masks that do not fit, before anything is loaded."""
-    counts = state_dict.get(f"{prefix}updater._extra_state", {}).get("nonzeros", {})
-    for name, mask in masks_of(model).items():
-        saved = state_dict.get(f"{prefix}{name}_mask.mask")
-        if saved is None:
-            continue
-        if saved.shape != mask.mask.shape or saved.dtype != torch.bool:
-            found = f"{tuple(saved.shape)} {saved.dtype}"
-            raise ValueError(f"The state_dict's mask of {name} is {found}, the model's is {tuple(mask.mask.shape)} torch.bool.")
-        total = int(saved.sum()) if not saved.is_meta else None
-        if total == 0 or (name in counts and total not in (None, int(counts[name]))):
-            raise ValueError(
-                f"The state_dict's mask of {name} keeps {total} weights, its own count says "
-                f"{int(counts[name]) if name in counts else 'nothing'}: the file is damaged or was edited."
-            )
-
-
-def _settle_after_load(model: nn.Module, incompatible: Any) -> None:
-    """Make counts, zeros and gradients follow what was loaded."""
-    for name, mask in masks_of(model).items():
-        if not mask.mask.is_meta:
-            mask.nonzeros = int(mask.mask.sum())
-            with torch.no_grad():
-                zero_dropped_(model.get_parameter(name), mask.mask)
+def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
+    settle_after_load(model)
     if isinstance(updater := model._modules.get("updater"), Updater):
         updater._settle_gradients()

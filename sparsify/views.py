@@ -9,11 +9,11 @@ from typing import Any
 from tabulate import tabulate
 from torch import fx, nn
 
-from passes.capture import Captured
+from passes.captured import Captured
 from passes.macs import count
 from passes.masking import Mask, masks_of
 from passes.shapes import run_on_meta
-from sparsify.report import arguments_of
+from sparsify.flops import arguments_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
     for view in _views(model, inputs):
         name = f"{view.region}: {view.node.name}" if view.region else view.node.name
         macs = f"{view.macs:,}" if view.macs else ""
-        rows.append((f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs))
+        rows.append(
+            (f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs)
+        )
     return tabulate(rows, headers=("node", "op", "target", "weight", "density", "MACs"), disable_numparse=True)
 
 
@@ -103,12 +105,16 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
     except ImportError as error:
         raise ImportError("Drawing a graph needs pygraphviz: pip install 'sparsify-fx[plots]'") from error
     drawing = pygraphviz.AGraph(directed=True)
-    drawing.node_attr.update(shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10")
+    drawing.node_attr.update(
+        shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10"
+    )
     for view in _views(model, inputs):
         macs = f"{view.macs:,} MACs" if view.macs else ""
         weight = f"{view.shape} at {view.density}" if view.weights else ""
         label = "\n".join(line for line in (view.node.name, f"{view.node.op}: {view.target}", weight, macs) if line)
-        drawing.add_node(_key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {}))
+        drawing.add_node(
+            _key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {})
+        )
         for source in view.node.all_input_nodes:
             drawing.add_edge(_key(view.region, source), _key(view.region, view.node))
     drawing.draw(path, prog="dot")

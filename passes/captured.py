@@ -1,0 +1,176 @@
+"""Captured: a module that runs its graphs, one per mode, and is an `fx.GraphModule` and its own class at once."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.package.importer import sys_importer
+
+from passes.capture import Capture
+
+_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
+_UNPICKLED = ("_graphs", "_forwards", "_code")
+
+
+class Captured(fx.GraphModule):
+    """A module that runs its graphs: an `fx.GraphModule` with one graph per mode, and its own class besides.
+
+    `graph`, `code` and everything fx does with them are those of the current mode; assigning `graph` replaces that of
+    the current mode, or of both while they are one. `forward` chooses between two fixed functions by `self.training`,
+    so that `torch.compile` and pickling see both.
+    """
+
+    _graphs: dict[bool, fx.Graph]
+    _forwards: dict[bool, Callable[..., Any]]
+
+    @property
+    def _graph(self) -> fx.Graph:  # what GraphModule's own property `graph` reads and writes
+        return self._graphs[self.training]
+
+    @_graph.setter
+    def _graph(self, graph: fx.Graph) -> None:
+        shared = self._graphs[True] is self._graphs[False]
+        self._graphs = {True: graph, False: graph} if shared else {**self._graphs, self.training: graph}
+
+    @property
+    def code(self) -> str:
+        """The Python source of the current mode's forward."""
+        return self._graph.python_code("self").src
+
+    def recompile(self) -> Any:
+        """Generate forward again, in both modes, after a graph was edited."""
+        codes = {graph: graph.python_code("self") for graph in dict.fromkeys(self._graphs.values())}
+        forwards = {graph: _forward_from_src(code.src, code.globals) for graph, code in codes.items()}
+        self._forwards = {mode: forwards[graph] for mode, graph in self._graphs.items()}
+        return codes[self._graph]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Captured":
+        result = nn.Module.__new__(type(self))
+        memo[id(self)] = result
+        vars(result).update(copy.deepcopy(vars(self), memo))
+        for graph in result._graphs.values():
+            graph.owning_module = result
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As GraphModule does: generated code is stored and traced again on loading, graphs are not.
+        state = {k: v for k, v in vars(self).items() if k not in _UNPICKLED}
+        sources = {mode: _source(graph) for mode, graph in self._graphs.items()}
+        return _new_captured, (user_class(self),), (state, sources)
+
+    def __setstate__(self, state: tuple[dict[str, Any], dict[bool, tuple[str, list[str]]]]) -> None:
+        attributes, sources = state
+        super().__setstate__(attributes)
+        graphs = {source[0]: _graph_of(self, *source) for source in sources.values()}
+        _set_graphs(self, {mode: graphs[source[0]] for mode, source in sources.items()})
+
+
+def user_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a captured module had before."""
+    return type(module).__bases__[1]
+
+
+@functools.cache
+def _captured_class(base: type[nn.Module]) -> type[Captured]:
+    @functools.wraps(base.forward)
+    def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
+        return self._forwards[self.training](self, *args, **kwargs)
+
+    return type(
+        base.__name__, (Captured, base), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+    )
+
+
+def _new_captured(base: type[nn.Module]) -> Captured:
+    return nn.Module.__new__(_captured_class(base))
+
+
+def _source(graph: fx.Graph) -> tuple[str, list[str]]:
+    code = graph.python_code("self")
+    return _format_import_block(code.globals, sys_importer) + code.src, [node.name for node in graph.nodes]
+
+
+class _SourceTracer(fx.Tracer):
+    """Traces generated code: every module is called whole, every buffer is read by a node."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _graph_of(module: nn.Module, source: str, names: list[str]) -> fx.Graph:
+    holder = type("Source", (nn.Module,), {"forward": _forward_from_src(source, {})})
+    root = nn.Module.__new__(holder)
+    vars(root).update(vars(module))
+    graph = _SourceTracer().trace(root)
+    if len(names) == len(graph.nodes):
+        for node, name in zip(graph.nodes, names, strict=True):
+            node._rename(name)
+    return graph
+
+
+def _set_graphs(module: Any, graphs: dict[bool, fx.Graph]) -> None:
+    module._graphs = graphs
+    for graph in graphs.values():
+        graph.owning_module = module
+    module.recompile()
+
+
+def install(model: nn.Module, capture: Capture) -> nn.Module:
+    """Make a model run its captured graphs, in place.
+
+    Args:
+        model: the module that `capture` was traced from.
+        capture: what `trace` found.
+
+    Returns:
+        The same object; every region is now `Captured`.
+
+    Raises:
+        ValueError: a region has attributes that `fx.GraphModule` needs for itself. Nothing was changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> isinstance(install(model, trace(model)), fx.GraphModule)
+        True
+    """
+    for path in capture.regions:
+        _check_names(model.get_submodule(path), path)
+    for path, region in capture.regions.items():
+        module = model.get_submodule(path)
+        for name, constant in region.constants.items():
+            module.register_buffer(name, constant, persistent=False)
+        module.__class__ = _captured_class(type(module))
+        # What GraphModule.__init__ would set; fx's own tools read these.
+        vars(module).update(meta={}, shape_env=None, _tracer_cls=None, _tracer_extras={}, _deepcopy_hooks=[])
+        vars(module).update(_replace_hooks=[], _create_node_hooks=[], _erase_node_hooks=[])
+        _set_graphs(module, region.graphs)
+    return model
+
+
+def _check_names(module: nn.Module, path: str) -> None:
+    own = {k for cls in type(module).__mro__ if not issubclass(nn.Module, cls) for k in vars(cls)}
+    own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    if not isinstance(module, fx.GraphModule) and (
+        taken := sorted(_RESERVED & own - {"__new__", "__doc__"} - set(vars(nn.Module)))
+    ):
+        raise ValueError(
+            f"{path or type(module).__name__!r} has attributes that fx.GraphModule needs for itself: {', '.join(taken)}. "
+            f"Rename them in the model."
+        )
+
+
+def graphs(model: nn.Module) -> dict[str, fx.Graph]:
+    """Return the graph of every captured region, in the current mode.
+
+    Args:
+        model: a model that `sparsify` returned.
+
+    Returns:
+        {module path: graph}; the path of the whole model is "".
+    """
+    return {path: module.graph for path, module in model.named_modules() if isinstance(module, Captured)}
