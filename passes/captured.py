@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -12,7 +13,7 @@ from torch.package.importer import sys_importer
 from passes.capture import Capture
 
 _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
-_UNPICKLED = ("_graphs", "_forwards", "_code")
+_UNPICKLED = ("_graphs", "_forwards")
 
 
 class Captured(fx.GraphModule):
@@ -36,8 +37,7 @@ class Captured(fx.GraphModule):
         self._graphs = {True: graph, False: graph} if shared else {**self._graphs, self.training: graph}
 
     @property
-    def code(self) -> str:
-        """The Python source of the current mode's forward."""
+    def _code(self) -> str:  # likewise for `code`, and for printing
         return self._graph.python_code("self").src
 
     def recompile(self) -> Any:
@@ -68,6 +68,24 @@ class Captured(fx.GraphModule):
         _set_graphs(self, {mode: graphs[source[0]] for mode, source in sources.items()})
 
 
+class CapturedSequential(Captured):
+    """A captured `nn.Sequential`: its items are the layers that it had, not what is attached to it afterwards."""
+
+    _layers: tuple[str, ...]
+
+    def _items(self) -> nn.Sequential:
+        return nn.Sequential(OrderedDict((name, self._modules[name]) for name in self._layers if name in self._modules))
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._items())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items()[index]
+
+
 def user_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a captured module had before."""
     return type(module).__bases__[1]
@@ -79,8 +97,9 @@ def _captured_class(base: type[nn.Module]) -> type[Captured]:
     def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
         return self._forwards[self.training](self, *args, **kwargs)
 
+    kind = CapturedSequential if issubclass(base, nn.Sequential) else Captured
     return type(
-        base.__name__, (Captured, base), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+        base.__name__, (kind, base), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
     )
 
 
@@ -146,7 +165,7 @@ def install(model: nn.Module, capture: Capture) -> nn.Module:
             module.register_buffer(name, constant, persistent=False)
         module.__class__ = _captured_class(type(module))
         # What GraphModule.__init__ would set; fx's own tools read these.
-        vars(module).update(meta={}, shape_env=None, _tracer_cls=None, _tracer_extras={}, _deepcopy_hooks=[])
+        vars(module).update(_layers=tuple(module._modules), meta={}, shape_env=None, _tracer_cls=None, _tracer_extras={}, _deepcopy_hooks=[])
         vars(module).update(_replace_hooks=[], _create_node_hooks=[], _erase_node_hooks=[])
         _set_graphs(module, region.graphs)
     return model

@@ -189,7 +189,7 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         for graph in dict.fromkeys(region.graphs.values()):
             _mask_reads(module, graph, by_weight)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
-                node._rename(f"masked_{node.name}")
+                _rename_masked(node, node.name)
         module.recompile()  # pyright: ignore[reportCallIssue]
     return model
 
@@ -214,6 +214,10 @@ def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter,
         users = list(node.users)
         with graph.inserting_after(node):
             masked = graph.call_module(f"{node.target}_mask", (node,))
-        masked._rename(f"masked_{node.name}")
+        _rename_masked(masked, node.name)
         for user in users:
             user.replace_input_with(node, masked)
+
+
+def _rename_masked(node: fx.Node, name: str) -> None:
+    node._rename(f"masked_{name.lstrip('_')}")

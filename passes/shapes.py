@@ -149,7 +149,18 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         with self.recorder.at(self.path, n.name):
-            return getattr(self, n.op)(n.target, *self.fetch_args_kwargs_from_env(n))
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return getattr(self, n.op)(n.target, _thawed(args), _thawed(kwargs))
+
+
+def _thawed(value: Any) -> Any:
+    """Return fx's immutable containers as plain ones, which generated code passes and functions may write to."""
+    if isinstance(value, dict):
+        return {k: _thawed(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_thawed(v) for v in value)
+    return value
 
 
 _BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)

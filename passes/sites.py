@@ -176,8 +176,9 @@ def _resolve(module: nn.Module, operand: fx.Node) -> tuple[list[nn.Parameter], l
     while pending:
         node = pending.pop()
         if node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(module)
-            parameters += [value] if isinstance(value, nn.Parameter) else []
+            path, _, attribute = str(node.target).rpartition(".")
+            value = module.get_submodule(path)._parameters.get(attribute)
+            parameters += [] if value is None else [value]
         elif node.op == "call_function" or node.op == "call_method":
             if not is_view(module, node):
                 through.append(getattr(node.target, "__name__", str(node.target)))

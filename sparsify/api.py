@@ -69,7 +69,7 @@ def sparsify(
     Example:
         >>> model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), density=0.25)
         >>> sum(model.updater.nonzeros.values()), isinstance(model, torch.fx.GraphModule)
-        (160, True)
+        (161, True)
     """
     _check_model(model)
     _check_budget(density, flops, inputs)
@@ -86,7 +86,7 @@ def sparsify(
     if flops is not None:
         density = _density_for(model, candidates, distribution, flops, inputs)
     densities = _allocate(candidates, density, distribution)
-    rules |= {site.name: _no_density(distribution) for site in candidates if site.name not in densities}
+    rules |= {site.name: _why_dense(density, distribution) for site in candidates if site.name not in densities}
     masks = _draw(model, sites, densities, seed)
     model = mask_weights(install(model, capture), capture, masks)
     adapt_weights(model, sites)
@@ -186,10 +186,15 @@ def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -
     densities = distribution(sites, density)
     if not densities:
         raise ValueError("The distribution leaves every weight dense, so there is nothing to mask.")
+    for name, value in densities.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
     return densities
 
 
-def _no_density(distribution: Distribution) -> str:
+def _why_dense(density: Any, distribution: Distribution) -> str:
+    if isinstance(density, Mapping):
+        return "no density pattern matches"
     return f"first layer, dense under {getattr(distribution, '__name__', 'this distribution')}"
 
 

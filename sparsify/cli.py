@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_shape,
         default=None,
         metavar="1x3x224x224",
-        help="input shape (default: 1x3x224x224; video 1x3x16x112x112)",
+        help="input shape (default: 1x3x224x224; video 1x3x16x224x224)",
     )
     parser.add_argument(
         "--exclude",
@@ -222,4 +222,4 @@ def _from_factory(module: str, factory: str) -> nn.Module:
 
 def _default_shape(model: nn.Module) -> tuple[int, ...]:
     video = any(isinstance(module, nn.Conv3d) for module in model.modules())
-    return (1, 3, 16, 112, 112) if video else (1, 3, 224, 224)
+    return (1, 3, 16, 224, 224) if video else (1, 3, 224, 224)

@@ -67,7 +67,7 @@ def erk(sites: Sequence[Site], density: float) -> dict[str, float]:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(10, 100), nn.Linear(100, 100))
         >>> erk(find_sites(model, trace(model)), 0.1)
-        {'0.weight': 0.38823529411764707, '1.weight': 0.07058823529411765}
+        {'0.weight': 0.3903225806451613, '1.weight': 0.07096774193548387}
     """
     return _scaled({s.name: sum(s.shape) / s.size for s in sites}, sites, density)
 
@@ -76,12 +76,14 @@ def _scaled(raw: Mapping[str, float], sites: Sequence[Site], density: float) -> 
     """Solve for eps in density_l = min(1, eps * raw_l) so that the overall density is met.
 
     Whenever a density would exceed 1, every layer at the highest raw score goes dense and eps is solved again for the rest.
+    The weights to hand out are those of every layer at `density`, each rounded as `kept` does: the published eps.
     """
     sizes = {site.name: site.size for site in sites}
+    total = sum(kept(density, size) for size in sizes.values())
     dense: set[str] = set()
     while len(dense) < len(sizes):
         rest = [name for name in sizes if name not in dense]
-        budget = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
+        budget = total - sum(sizes[name] for name in dense)
         eps = budget / sum(raw[name] * sizes[name] for name in rest)
         top = max(raw[name] for name in rest)
         if eps * top <= 1:

@@ -71,12 +71,12 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
         >>> from sparsify import sparsify
         >>> model = sparsify(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), density=0.5)
         >>> print(graph_table(model, (1, 4)))  # doctest: +NORMALIZE_WHITESPACE
-        node       op           target    weight    density    MACs
-        ---------  -----------  --------  --------  ---------  ------
-        input_1    placeholder  input
-        * masked_  call_module  0         8x4       0.5000     32
-        _1         call_module  1
-        output     output       output
+        node        op           target    weight    density    MACs
+        ----------  -----------  --------  --------  ---------  ------
+        input_1     placeholder  input
+        * masked_0  call_module  0         8x4       0.5000     32
+        _1          call_module  1
+        output      output       output
     """
     rows = []
     for view in _views(model, inputs):

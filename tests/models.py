@@ -1,0 +1,82 @@
+"""Models for tests: small nets that show one thing each, torchvision's zoo, and the papers' WRN-22-2."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+
+class SmallNet(nn.Module):
+    """Two convs, a norm and a classifier: enough for every training test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv1(x)).relu()
+        return self.fc(self.conv2(x).relu().mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """Weights that are read by functions, through views, twice, and from one parameter by two consumers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.matrix = nn.Parameter(torch.randn(8, 6))
+        self.shared = nn.Linear(6, 6)
+        self.table = nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.kernel) + self.table
+        x = x.mean((2, 3)) @ self.matrix
+        x = self.shared(self.shared(x))
+        return x @ self.matrix.t()
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(x).relu()
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return shortcut + self.conv2(self.bn2(self.conv1(out)).relu())
+
+
+class WideResNet22(nn.Module):
+    """WRN-22-2 of the RigL paper and its reproduction: widths 16/32/64/128, 3 blocks a stage."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        widths = ((16, 32, 1), (32, 64, 2), (64, 128, 2))
+        self.blocks = nn.Sequential(
+            *(_BasicBlock(i if b == 0 else o, o, s if b == 0 else 1) for i, o, s in widths for b in range(3))
+        )
+        self.bn, self.fc = nn.BatchNorm2d(128), nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.blocks(self.conv(x))).relu().mean((2, 3)))
+
+
+ZOO = [name for name in models.list_models() if not name.startswith("quantized_")]
+PYTHON_AT_THE_ROOT = ("rcnn", "retinanet", "fcos", "ssd", "raft")  # 14 detectors and flow networks
+WHOLE = [name for name in ZOO if not any(part in name for part in PYTHON_AT_THE_ROOT)]
+
+
+def input_shape(name: str, small: bool = False) -> tuple[int, ...]:
+    """Return an input shape that a torchvision model takes: its usual one, or a small one where the model allows it."""
+    fixed = any(part in name for part in ("vit_", "maxvit", "mvit", "swin3d", "s3d", "inception", "swin_v2"))
+    if any(part in name for part in ("r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")):
+        return (1, 3, 16, 224, 224) if fixed else (1, 3, 8, 32, 32) if small else (1, 3, 16, 112, 112)
+    size = 299 if "inception" in name else 224 if fixed or not small else 64
+    return (1, 3, size, size)

@@ -1,0 +1,238 @@
+"""Bad input: a clear error before any work, and nothing changed. And capture's traps."""
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from models import SmallNet
+from torch import Tensor, nn
+
+from passes import trace
+from sparsify import Method, RigL, flop_report, fold, graph_table, graphs, sparsify
+
+BAD_CALLS = {
+    "no budget": ({}, "exactly one of density and flops"),
+    "two budgets": ({"density": 0.1, "flops": 0.1, "inputs": (1, 3, 8, 8)}, "exactly one of density and flops"),
+    "zero": ({"density": 0}, r"must be a number in \(0, 1\]"),
+    "above one": ({"density": 1.5}, r"must be a number in \(0, 1\]"),
+    "nan": ({"density": math.nan}, r"must be a number in \(0, 1\]"),
+    "text": ({"density": "0.1"}, r"must be a number in \(0, 1\]"),
+    "bool": ({"density": True}, r"must be a number in \(0, 1\]"),
+    "in a pattern": ({"density": {"conv*": 2}}, r"conv\*=2 must be a number"),
+    "flops without inputs": ({"flops": 0.5}, "needs inputs"),
+    "unreachable flops": ({"flops": 0.01, "distribution": "uniform", "inputs": (1, 3, 8, 8)}, "cannot be met"),
+    "distribution": ({"density": 0.1, "distribution": "erd"}, "known are uniform, er, erk. Did you mean 'er"),
+    "method": ({"density": 0.1, "method": "rigel"}, "Did you mean 'rigl'"),
+    "init": ({"density": 0.1, "init": "fan-in"}, "Did you mean 'fan_in'"),
+    "exclude": ({"density": 0.1, "exclude": ["cnv1*"]}, "matches no weight; the nearest weight is"),
+    "pattern": ({"density": {"head.*": 0.1}}, "matches no weight"),
+    "all excluded": ({"density": 0.1, "exclude": ["*"]}, "nothing left to mask"),
+    "custom distribution": ({"density": 0.1, "distribution": lambda s, d: {s[0].name: 7.0}}, r"not in \(0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("options", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_change_nothing(options: dict, message: str, inplace: bool) -> None:
+    model = SmallNet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = {path: sorted(vars(m)) for path, m in model.named_modules()}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, **options, inplace=inplace)
+    assert type(model) is SmallNet
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert attributes == {path: sorted(vars(m)) for path, m in model.named_modules()}
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_bad_models() -> None:
+    with pytest.raises(TypeError, match=r"takes a torch.nn.Module, not str"):
+        sparsify("resnet18", 0.1)
+    with pytest.raises(ValueError, match="nothing to mask"):
+        sparsify(nn.Sequential(nn.BatchNorm1d(3)), 0.1)
+    sparse = sparsify(SmallNet(), 0.5)
+    with pytest.raises(ValueError, match="sparse already"):
+        sparsify(sparse, 0.5)
+    with pytest.raises(ValueError, match="takes a model that sparsify"):
+        fold(SmallNet())
+    with pytest.raises(ValueError, match="no captured graph"):
+        graph_table(SmallNet())
+    taken = SmallNet()
+    taken.graph = 3
+    with pytest.raises(ValueError, match=r"needs for itself: graph\. Rename"):
+        sparsify(taken, 0.5)
+    taken = SmallNet()
+    taken.updater = 3
+    with pytest.raises(ValueError, match="attribute 'updater'"):
+        sparsify(taken, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 3)])
+def test_inputs_that_do_not_fit_name_the_node(shape: tuple) -> None:
+    with pytest.raises(ValueError, match=r"do not fit the model, at node 'masked_conv1', module 'conv1'"):
+        flop_report(sparsify(SmallNet(), 0.5), shape)
+    with pytest.raises(ValueError, match="do not fit the model, at module 'conv1'"):
+        flop_report(SmallNet(), shape)
+    with pytest.raises(TypeError, match="must be a tensor, a tuple of tensors"):
+        flop_report(SmallNet(), "1x3x8x8")
+
+
+def test_bad_attachments() -> None:
+    model = sparsify(SmallNet(), 0.5)
+    good = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="do not hold 3 of 3 masked weights"):
+        model.updater.attach(torch.optim.SGD(SmallNet().parameters(), 0.1), total_steps=1000)
+    with pytest.raises(ValueError, match="do not hold 2 of 3 masked weights: conv2.weight, fc.weight"):
+        model.updater.attach(torch.optim.SGD(model.conv1.parameters(), 0.1), total_steps=1000)
+    for total in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="whole number"):
+            model.updater.attach(good, total_steps=total)
+    with pytest.raises(ValueError, match="No update would ever run"):
+        model.updater.attach(good, total_steps=100)
+    with pytest.raises(ValueError, match="takes torch.optim optimizers, not int"):
+        model.updater.attach(3, total_steps=1000)
+    assert not good._optimizer_step_pre_hooks
+    model.updater.attach(good, total_steps=1000)
+    with pytest.raises(RuntimeError, match="call updater.detach"):
+        model.updater.attach(good, total_steps=1000)
+
+
+@pytest.mark.parametrize("options", [{"interval": 0}, {"interval": 1.5}, {"drop_fraction": 1}, {"drop_fraction": 0}, {"end_fraction": 2}])
+def test_bad_methods(options: dict) -> None:
+    with pytest.raises(ValueError, match="must"):
+        RigL(**options)
+    assert isinstance(RigL(), Method)
+
+
+def test_bad_state_dicts() -> None:
+    model = sparsify(SmallNet(), 0.5)
+    before = {k: copy.deepcopy(v) for k, v in model.state_dict().items()}
+    damaged = copy.deepcopy(model.state_dict())
+    damaged["fc.weight_mask.mask"][0, 0] ^= True
+    shaped = copy.deepcopy(model.state_dict())
+    shaped["fc.weight_mask.mask"] = torch.ones(3, 3, dtype=torch.bool)
+    typed = copy.deepcopy(model.state_dict())
+    typed["fc.weight_mask.mask"] = torch.ones(10, 32)
+    for state, message in ((damaged, "its own count says"), (shaped, r"is \(3, 3\)"), (typed, "torch.float32")):
+        state["conv1.weight"] = torch.zeros_like(state["conv1.weight"])
+        with pytest.raises(ValueError, match=message):
+            model.load_state_dict(state)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if isinstance(v, Tensor))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0) -> Tensor:
+        x = self.linear(x)
+        return (x if mask is None else x * mask) * scale
+
+
+def test_optional_arguments_are_guarded() -> None:
+    model = Optional()
+    sparse, x = sparsify(model, 1.0), torch.ones(4)
+    assert torch.equal(sparse(x), model(x))
+    assert torch.equal(sparse(x, None, scale=2.0), model(x))
+    for bad in ({"mask": x}, {"scale": 3.0}):
+        with pytest.raises(ValueError, match=r"traced at its default"):
+            sparse(x, **bad)
+
+
+class Random(nn.Module):
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.linear, self.source = nn.Linear(4, 4), source
+
+    def forward(self, x: Tensor) -> Tensor:
+        sources = {"torch": lambda: torch.rand(4), "python": random.random, "numpy": lambda: float(np.random.rand())}
+        return self.linear(x) + sources[self.source]()
+
+
+class Writing(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how, self.calls = nn.Linear(4, 4), how, []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "buffer":
+            self.count.add_(1)
+        elif self.how == "list":
+            self.calls.append(1)
+        else:
+            self.seen = True
+        return self.linear(x)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+TRAPS = [Random("torch"), Random("python"), Random("numpy"), Writing("buffer"), Writing("list"), Writing("new"), Branching()]
+
+
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: f"{type(t).__name__} {getattr(t, 'source', getattr(t, 'how', ''))}")
+def test_code_that_a_graph_would_freeze_stays_python(trap: nn.Module, root: bool) -> None:
+    trap = copy.deepcopy(trap)
+    model = trap if root else nn.Sequential(nn.Linear(4, 4), trap)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = copy.deepcopy(vars(trap))
+    sparse = sparsify(model, 1.0)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
+    assert vars(trap).keys() == before.keys()
+    assert vars(trap).get("calls") == before.get("calls")
+    path = "linear" if root else "1.linear"
+    assert path in graphs(sparse)
+    assert f"{path}.weight" in sparse.updater.masks
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        outputs = []
+        for net in (model, sparse):
+            torch.manual_seed(0), random.seed(0), np.random.seed(0)
+            outputs.append(net(x))
+        assert torch.equal(*outputs)
+    twin = copy.deepcopy(sparse)
+    assert twin.updater.masks.keys() == sparse.updater.masks.keys()
+
+
+class Modes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.linear(x)
+        return (x, self.head(x)) if self.training else x
+
+
+def test_modes_have_their_own_graphs() -> None:
+    sparse = sparsify(Modes().eval(), 1.0)
+    assert not sparse.training
+    assert len(sparse(torch.randn(1, 4))) == 1
+    assert len(sparse.train()(torch.randn(1, 4))) == 2
+    assert len(list(sparse.graph.nodes)) == len(list(sparse.eval().graph.nodes)) + 1
+    assert set(sparse.updater.masks) == {"linear.weight", "head.weight"}
+    compiled = torch.compile(sparse, backend="eager")
+    assert isinstance(compiled.train()(torch.randn(1, 4)), tuple)
+    assert isinstance(compiled.eval()(torch.randn(1, 4)), Tensor)
+
+
+def test_tracing_is_an_analysis() -> None:
+    model = SmallNet().eval()
+    model.bn.train()
+    before = {path: (m.training, sorted(vars(m))) for path, m in model.named_modules()}
+    trace(model)
+    assert before == {path: (m.training, sorted(vars(m))) for path, m in model.named_modules()}

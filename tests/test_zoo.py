@@ -1,0 +1,94 @@
+"""Every torchvision model that traces whole: exact at density 1, counted, masked, and left alone."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from models import WHOLE, ZOO, input_shape
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from passes import trace
+from sparsify import flop_report, fold, graphs, sparsify
+from sparsify.cli import load_model
+
+LARGE = 60_000_000  # parameters: above this, forward passes take too long here and only the meta device is used
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """Everything that sparsify and flop_report must leave alone."""
+    facts: list[object] = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    for path, module in model.named_modules():
+        facts.append((path, id(type(module)), module.training, sorted(vars(module)), len(module._forward_hooks)))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [*facts, *((name, id(t), t._version) for name, t in tensors)]
+
+
+def test_the_zoo_is_known() -> None:
+    assert len(ZOO) == 109
+    assert len(WHOLE) == 95
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_counts_on_meta(name: str) -> None:
+    model = load_model(name).eval()
+    before = fingerprint(model)
+    sparse = sparsify(model, density=0.1, distribution="erk")
+    shape = input_shape(name)
+    report = flop_report(sparse, shape)
+    dense = flop_report(model, shape)
+    assert fingerprint(model) == before
+    assert list(graphs(sparse)) == [""]
+
+    # Every weight is masked, with exactly the count of its density under the one rounding rule.
+    assert set(report.coverage.values()) == {"masked"}
+    assert report.coverage.keys() == dense.coverage.keys()
+    assert all(layer.nonzeros == sparse.updater.nonzeros[layer.name] for layer in report.layers if layer.params)
+    size = sum(layer.params for layer in report.layers)
+    assert abs(sum(layer.nonzeros for layer in report.layers) - 0.1 * size) <= 2 * len(report.layers)
+
+    # Dense MACs are half of what torch's own counter finds, where it counts.
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(shape, device="meta"))
+    assert report.dense_macs == dense.dense_macs == dense.sparse_macs
+    assert 2 * report.dense_macs == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_density_one_is_exact(name: str) -> None:
+    meta = load_model(name)
+    if sum(p.numel() for p in meta.parameters()) > LARGE:
+        _same_graphs_as_the_model_traces(meta)
+        return
+    model = models.get_model(
+        name, weights=None, **({"weights_backbone": None} if "lab" in name or "fcn" in name else {})
+    )
+    sparse = sparsify(model, density=1.0)
+    assert all(density == 1.0 for density in sparse.updater.densities.values())
+    shape = input_shape(name, small=True)
+    batch = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0))
+    for mode in (False, True):
+        expected = _outputs(copy.deepcopy(model), batch, mode)
+        got = _outputs(sparse, batch, mode)
+        assert len(expected) == len(got)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), f"training={mode}"
+
+
+def _outputs(model: nn.Module, batch: torch.Tensor, mode: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(model.train(mode)(batch)) if isinstance(t, torch.Tensor)]
+
+
+def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
+    sparse = sparsify(model, density=1.0)
+    for mode, graph in trace(model).regions[""].graphs.items():
+        nodes = [
+            n for n in sparse.train(mode).graph.nodes if not (n.op == "call_module" and n.target.endswith("_mask"))
+        ]
+        assert [(n.op, n.target) for n in nodes] == [(n.op, n.target) for n in graph.nodes]
+    assert type(fold(sparse)) is type(model)
