@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from passes.effects import Snapshot
 
+_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -82,6 +83,18 @@ class _Tracer(fx.Tracer):
         return parameter.default
 
 
+def _check_names(module: nn.Module, path: str) -> None:
+    own = {k for cls in type(module).__mro__ if not issubclass(nn.Module, cls) for k in vars(cls)}
+    own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    if not isinstance(module, fx.GraphModule) and (
+        taken := sorted(_RESERVED & own - {"__new__", "__doc__"} - set(vars(nn.Module)))
+    ):
+        raise ValueError(
+            f"{path or type(module).__name__!r} has attributes that fx.GraphModule needs for itself: {', '.join(taken)}. "
+            f"Rename them in the model."
+        )
+
+
 @dataclass(frozen=True)
 class Region:
     """A module that fx traces: one graph per mode, the same object where the modes do not differ.
@@ -113,6 +126,9 @@ def trace(model: nn.Module) -> Capture:
     Returns:
         The regions and the reasons for what is not one.
 
+    Raises:
+        ValueError: a region has attributes that `fx.GraphModule` needs for itself.
+
     Example:
         >>> capture = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
         >>> [node.name for node in capture.regions[""].graphs[True].nodes]
@@ -131,6 +147,7 @@ def trace(model: nn.Module) -> Capture:
             opaque[path] = traced
             inside = [name for name, _ in module.named_children()]
         else:
+            _check_names(module, path)
             regions[path] = traced
             inside = [name for name, leaf in called_modules(module, traced.graphs) if not is_builtin(leaf)]
         for name in inside:

@@ -12,7 +12,6 @@ from torch.package.importer import sys_importer
 
 from passes.capture import Capture
 
-_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
 _UNPICKLED = ("_graphs", "_forwards")
 
 
@@ -74,7 +73,8 @@ class CapturedSequential(Captured):
     _layers: tuple[str, ...]
 
     def _items(self) -> nn.Sequential:
-        return nn.Sequential(OrderedDict((name, self._modules[name]) for name in self._layers if name in self._modules))
+        layers = ((name, self._modules.get(name)) for name in self._layers)
+        return nn.Sequential(OrderedDict((name, layer) for name, layer in layers if layer is not None))
 
     def __len__(self) -> int:
         return len(self._items())
@@ -92,7 +92,7 @@ def user_class(module: nn.Module) -> type[nn.Module]:
 
 
 @functools.cache
-def _captured_class(base: type[nn.Module]) -> type[Captured]:
+def _captured_class(base: type[nn.Module]) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
         return self._forwards[self.training](self, *args, **kwargs)
@@ -149,38 +149,29 @@ def install(model: nn.Module, capture: Capture) -> nn.Module:
     Returns:
         The same object; every region is now `Captured`.
 
-    Raises:
-        ValueError: a region has attributes that `fx.GraphModule` needs for itself. Nothing was changed.
-
     Example:
+        >>> from passes.capture import trace
         >>> model = nn.Sequential(nn.Linear(2, 3))
         >>> isinstance(install(model, trace(model)), fx.GraphModule)
         True
     """
-    for path in capture.regions:
-        _check_names(model.get_submodule(path), path)
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
         for name, constant in region.constants.items():
             module.register_buffer(name, constant, persistent=False)
         module.__class__ = _captured_class(type(module))
         # What GraphModule.__init__ would set; fx's own tools read these.
-        vars(module).update(_layers=tuple(module._modules), meta={}, shape_env=None, _tracer_cls=None, _tracer_extras={}, _deepcopy_hooks=[])
+        vars(module).update(
+            _layers=tuple(module._modules),
+            meta={},
+            shape_env=None,
+            _tracer_cls=None,
+            _tracer_extras={},
+            _deepcopy_hooks=[],
+        )
         vars(module).update(_replace_hooks=[], _create_node_hooks=[], _erase_node_hooks=[])
         _set_graphs(module, region.graphs)
     return model
-
-
-def _check_names(module: nn.Module, path: str) -> None:
-    own = {k for cls in type(module).__mro__ if not issubclass(nn.Module, cls) for k in vars(cls)}
-    own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    if not isinstance(module, fx.GraphModule) and (
-        taken := sorted(_RESERVED & own - {"__new__", "__doc__"} - set(vars(nn.Module)))
-    ):
-        raise ValueError(
-            f"{path or type(module).__name__!r} has attributes that fx.GraphModule needs for itself: {', '.join(taken)}. "
-            f"Rename them in the model."
-        )
 
 
 def graphs(model: nn.Module) -> dict[str, fx.Graph]:

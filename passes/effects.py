@@ -5,7 +5,6 @@ would be frozen at what it did once; comparing a snapshot before with the state 
 """
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Snapshot:
     @classmethod
     def of(cls, module: nn.Module) -> "Snapshot":
         """Take a snapshot of `module` itself; its children are not looked at."""
-        attributes = {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
+        attributes = {k: v.copy() if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
         buffers = {k: (b, b._version, b.detach().clone()) for k, b in module._buffers.items() if b is not None}
         return cls(rng_state(), attributes, buffers)
 

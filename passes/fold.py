@@ -8,7 +8,16 @@ from torch import nn
 from passes.captured import Captured, user_class
 from passes.masking import Mask, MaskedLeaf, leaf_class, masks_of, zero_dropped_
 
-_GRAPH_STATE = ("_layers", "_graphs", "_forwards", "meta", "shape_env", "_tracer_cls", "_tracer_extras", "_deepcopy_hooks")
+_GRAPH_STATE = (
+    "_layers",
+    "_graphs",
+    "_forwards",
+    "meta",
+    "shape_env",
+    "_tracer_cls",
+    "_tracer_extras",
+    "_deepcopy_hooks",
+)
 _GRAPH_HOOKS = ("_replace_hooks", "_create_node_hooks", "_erase_node_hooks")
 
 

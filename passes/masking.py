@@ -161,14 +161,14 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
 
 
 def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) -> nn.Module:
-    """Rewrite a captured model, in place, so that every weight in `masks` is used through its mask.
+    """Rewrite a model and its captured graphs, in place, so that every weight in `masks` is used through its mask.
 
     Kept weights keep their values and dropped ones become 0. A mask is stored as the child `<weight>_mask` of every
     module that owns the weight, tied weights sharing one. Rewritten nodes are renamed `masked_...`.
 
     Args:
-        model: a captured model.
-        capture: the capture it was installed from.
+        model: the module that `capture` was traced from.
+        capture: its graphs, not installed yet.
         masks: {parameter name: mask}.
 
     Returns:
@@ -190,7 +190,6 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
             _mask_reads(module, graph, by_weight)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
                 _rename_masked(node, node.name)
-        module.recompile()  # pyright: ignore[reportCallIssue]
     return model
 
 

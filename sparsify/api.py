@@ -88,7 +88,7 @@ def sparsify(
     densities = _allocate(candidates, density, distribution)
     rules |= {site.name: _why_dense(density, distribution) for site in candidates if site.name not in densities}
     masks = _draw(model, sites, densities, seed)
-    model = mask_weights(install(model, capture), capture, masks)
+    model = install(mask_weights(model, capture, masks), capture)
     adapt_weights(model, sites)
     model.updater = Updater(model, method, rules)
     return model

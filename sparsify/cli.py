@@ -1,9 +1,12 @@
 """The command line: sparsify a model, print its report, and look at its graph."""
 
 import argparse
+import difflib
 import importlib
+import inspect
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -169,11 +172,12 @@ def compare(reports: dict[str, FlopReport]) -> str:
     return tabulate(rows, headers=["density of layer", *reports], disable_numparse=True)
 
 
-def load_model(name: str) -> nn.Module:
-    """Build a torchvision model by its name, on the meta device where it allows that, or call a user's factory.
+def load_model(name: str, device: str = "meta") -> nn.Module:
+    """Build a torchvision model by its name, or call a user's factory.
 
     Args:
         name: "resnet50", or "package.module:factory".
+        device: of a torchvision model; on "meta" it needs no memory.
 
     Returns:
         The model, without pretrained weights.
@@ -187,24 +191,18 @@ def load_model(name: str) -> nn.Module:
 
     known = models.list_models()
     if name not in known:
-        import difflib
-
         near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(f"torchvision has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
-    options = {"weights": None} | ({"weights_backbone": None} if _has_backbone(name) else {})
-    try:
-        with torch.device("meta"):
-            return models.get_model(name, **options)
-    except (RuntimeError, NotImplementedError):  # regnets compute widths with tensors
-        return models.get_model(name, **options).to("meta")
-
-
-def _has_backbone(name: str) -> bool:
-    import inspect
-
-    from torchvision import models
-
-    return "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
+    builder = models.get_model_builder(name)
+    options = {"weights": None, "weights_backbone": None}
+    options = {k: v for k, v in options.items() if k in inspect.signature(builder).parameters}
+    with warnings.catch_warnings():  # GoogLeNet and Inception warn of their own initialization
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            with torch.device(device):
+                return builder(**options)
+        except (RuntimeError, NotImplementedError):  # regnets compute widths with tensors, which meta cannot hold
+            return builder(**options).to(device)
 
 
 def _from_factory(module: str, factory: str) -> nn.Module:

@@ -145,7 +145,8 @@ def _bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of a file that holds parameters and buffers: dense, and with kept weights and 1 mask bit per weight."""
     masks = masks_of(model)
     own = {id(buffer) for m in model.modules() if isinstance(m, Mask) for buffer in m.buffers()}
-    persistent = [t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in own]
+    state = model.state_dict(keep_vars=True).items()
+    persistent = [t for k, t in state if isinstance(t, Tensor) and id(t) not in own and not k.startswith("updater.")]
     dense = sum({id(t): t.numel() * t.element_size() for t in persistent}.values())
     saved = 0
     for name, mask in masks.items():

@@ -11,8 +11,11 @@ from passes.masking import masks_of, zero_dropped_
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
-    counts = state_dict.get(f"{prefix}updater._extra_state", {}).get("nonzeros", {})
-    for name, mask in masks_of(model).items():
+    masks = masks_of(model)
+    numbers = state_dict.get(f"{prefix}updater._extra_state", torch.zeros(3, dtype=torch.int64)).tolist()
+    saved_counts = numbers[3 + numbers[2] :]  # the layout of Updater.get_extra_state
+    counts = dict(zip(masks, saved_counts, strict=True)) if len(saved_counts) == len(masks) else {}
+    for name, mask in masks.items():
         saved = state_dict.get(f"{prefix}{name}_mask.mask")
         if saved is None:
             continue
@@ -22,10 +25,10 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
                 f"The state_dict's mask of {name} is {found}, the model's is {tuple(mask.mask.shape)} torch.bool."
             )
         total = int(saved.sum()) if not saved.is_meta else None
-        if total == 0 or (name in counts and total not in (None, int(counts[name]))):
+        if total is not None and total != counts.get(name, total or None):
             raise ValueError(
-                f"The state_dict's mask of {name} keeps {total} weights, its own count says "
-                f"{int(counts[name]) if name in counts else 'nothing'}: the file is damaged or was edited."
+                f"The state_dict's mask of {name} keeps {total} weights, its own count says {counts.get(name)}: "
+                f"the file is damaged or was edited."
             )
 
 

@@ -242,22 +242,23 @@ class Updater(nn.Module):
         # A copy is not attached: the hooks belong to the optimizers of the original.
         return {**vars(self), "_attached": [], "_steps": self._clocks()}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return step, schedule and counts as CPU tensors, for `state_dict`."""
-        return {
-            "steps": torch.tensor(self._clocks()),
-            "total_steps": torch.tensor(self._total_steps),
-            "skipped_updates": torch.tensor(self.skipped_updates),
-            "nonzeros": {name: torch.tensor(count) for name, count in self.nonzeros.items()},
-        }
+    def get_extra_state(self) -> Tensor:
+        """Return schedule, steps and counts as one CPU tensor, so that every tool that reads a `state_dict` can.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        Layout: total_steps, skipped updates, the number of clocks, the clocks, the nonzeros in the order of `masks`.
+        """
+        clocks = self._clocks()
+        numbers = [self._total_steps, self.skipped_updates, len(clocks), *clocks, *self.nonzeros.values()]
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""
-        self._steps = state["steps"].tolist()
+        total_steps, skipped, clocks, *rest = state.tolist()
+        self._steps = rest[:clocks]
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
-        self._total_steps = int(state["total_steps"]) or self._total_steps
-        self._skipped_before = int(state["skipped_updates"])
+        self._total_steps = total_steps or self._total_steps
+        self._skipped_before = skipped
         self.skipped.zero_()
 
 

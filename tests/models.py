@@ -75,8 +75,14 @@ WHOLE = [name for name in ZOO if not any(part in name for part in PYTHON_AT_THE_
 
 def input_shape(name: str, small: bool = False) -> tuple[int, ...]:
     """Return an input shape that a torchvision model takes: its usual one, or a small one where the model allows it."""
-    fixed = any(part in name for part in ("vit_", "maxvit", "mvit", "swin3d", "s3d", "inception", "swin_v2"))
+    fixed = any(part in name for part in ("vit_", "maxvit", "mvit", "s3d", "inception"))
     if any(part in name for part in ("r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")):
-        return (1, 3, 16, 224, 224) if fixed else (1, 3, 8, 32, 32) if small else (1, 3, 16, 112, 112)
+        return (
+            (1, 3, 16, 224, 224)
+            if fixed or ("swin3d" in name and not small)
+            else (1, 3, 8, 64, 64)
+            if small
+            else (1, 3, 16, 112, 112)
+        )
     size = 299 if "inception" in name else 224 if fixed or not small else 64
     return (1, 3, size, size)

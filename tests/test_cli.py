@@ -33,7 +33,19 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_users_own_model_and_the_graph(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Linear(4, 8))\n")
-    command = [sys.executable, "-W", "ignore", "-m", "sparsify", "mine:make", "--density", "0.5", "--input", "1x4", "--graph"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "sparsify",
+        "mine:make",
+        "--density",
+        "0.5",
+        "--input",
+        "1x4",
+        "--graph",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "* masked_0" in result.stdout
 

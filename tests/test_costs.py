@@ -22,8 +22,8 @@ def meta(name: str) -> nn.Module:
         return getattr(models, name)()
 
 
-# (network, distribution, sparsity) -> inference ratio. The anchors of the RigL paper (table 2 and figure 2: ERK .42/.24/.16/.09 of
-# ResNet-50, uniform .23/.13/.08) and of its reproduction (WRN-22-2), to four digits for this library's plain 2 * MAC count.
+# (network, distribution, sparsity) -> inference ratio: the anchors of the RigL paper and of its reproduction, to four
+# digits for this library's plain 2 * MAC count.
 RATIOS = {
     ("resnet50", "erk", 0.8): 0.4138,
     ("resnet50", "erk", 0.9): 0.2418,
@@ -35,8 +35,20 @@ RATIOS = {
     ("wrn", "uniform", 0.9): 0.1025,
 }
 # The paper prints two digits; its own counting adds biases and padded inputs, within 0.002.
-PAPER = {("erk", 0.8): 0.42, ("erk", 0.9): 0.24, ("erk", 0.95): 0.12, ("erk", 0.965): 0.09, ("uniform", 0.8): 0.23, ("uniform", 0.9): 0.13, ("uniform", 0.95): 0.08, ("uniform", 0.965): 0.07}
-NETWORKS = {"resnet50": (lambda: meta("resnet50"), (1, 3, 224, 224)), "wrn": (lambda: WideResNet22().to("meta"), (1, 3, 32, 32))}
+PAPER = {
+    ("erk", 0.8): 0.42,
+    ("erk", 0.9): 0.24,
+    ("erk", 0.95): 0.12,
+    ("erk", 0.965): 0.09,
+    ("uniform", 0.8): 0.23,
+    ("uniform", 0.9): 0.13,
+    ("uniform", 0.95): 0.08,
+    ("uniform", 0.965): 0.07,
+}
+NETWORKS = {
+    "resnet50": (lambda: meta("resnet50"), (1, 3, 224, 224)),
+    "wrn": (lambda: WideResNet22().to("meta"), (1, 3, 32, 32)),
+}
 
 
 @pytest.mark.parametrize(("key", "ratio"), RATIOS.items())
@@ -99,7 +111,9 @@ def test_rounding(size: int, parts: int) -> None:
     density = max(parts, 1) / 10**6
     assert 1 <= kept(density, size) <= size
     assert kept(1.0, size) == size
-    assert kept(density, size) == max(1, size - math.floor((1 - density) * size + 1e-6)) or abs(density * size % 1) < 1e-3
+    assert (
+        kept(density, size) == max(1, size - math.floor((1 - density) * size + 1e-6)) or abs(density * size % 1) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
@@ -123,7 +137,7 @@ def test_fan_in_keeps_the_scale_of_activations() -> None:
     layer = nn.Linear(1000, 500, bias=False)
     x = torch.randn(64, 1000)
     kept_as_is, rescaled = (sparsify(nn.Sequential(layer), 0.05, init=init) for init in ("keep", "fan_in"))
-    dense, kept_std, rescaled_std = (float(f(x).std()) for f in (layer, kept_as_is, rescaled))
+    dense, kept_std, rescaled_std = (f(x).std().item() for f in (layer, kept_as_is, rescaled))
     assert rescaled_std / dense == pytest.approx(1, abs=0.05)
     assert kept_std / dense == pytest.approx(0.05**0.5, abs=0.05)
 

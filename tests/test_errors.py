@@ -86,22 +86,24 @@ def test_bad_attachments() -> None:
     good = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match="do not hold 3 of 3 masked weights"):
         model.updater.attach(torch.optim.SGD(SmallNet().parameters(), 0.1), total_steps=1000)
-    with pytest.raises(ValueError, match="do not hold 2 of 3 masked weights: conv2.weight, fc.weight"):
+    with pytest.raises(ValueError, match=r"do not hold 2 of 3 masked weights: conv2.weight, fc.weight"):
         model.updater.attach(torch.optim.SGD(model.conv1.parameters(), 0.1), total_steps=1000)
     for total in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="whole number"):
             model.updater.attach(good, total_steps=total)
     with pytest.raises(ValueError, match="No update would ever run"):
         model.updater.attach(good, total_steps=100)
-    with pytest.raises(ValueError, match="takes torch.optim optimizers, not int"):
+    with pytest.raises(ValueError, match=r"takes torch.optim optimizers, not int"):
         model.updater.attach(3, total_steps=1000)
     assert not good._optimizer_step_pre_hooks
     model.updater.attach(good, total_steps=1000)
-    with pytest.raises(RuntimeError, match="call updater.detach"):
+    with pytest.raises(RuntimeError, match=r"call updater.detach"):
         model.updater.attach(good, total_steps=1000)
 
 
-@pytest.mark.parametrize("options", [{"interval": 0}, {"interval": 1.5}, {"drop_fraction": 1}, {"drop_fraction": 0}, {"end_fraction": 2}])
+@pytest.mark.parametrize(
+    "options", [{"interval": 0}, {"interval": 1.5}, {"drop_fraction": 1}, {"drop_fraction": 0}, {"end_fraction": 2}]
+)
 def test_bad_methods(options: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         RigL(**options)
@@ -179,11 +181,21 @@ class Branching(nn.Module):
         return self.linear(x) if x.sum() > 0 else x
 
 
-TRAPS = [Random("torch"), Random("python"), Random("numpy"), Writing("buffer"), Writing("list"), Writing("new"), Branching()]
+TRAPS = [
+    Random("torch"),
+    Random("python"),
+    Random("numpy"),
+    Writing("buffer"),
+    Writing("list"),
+    Writing("new"),
+    Branching(),
+]
 
 
 @pytest.mark.parametrize("root", [False, True])
-@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: f"{type(t).__name__} {getattr(t, 'source', getattr(t, 'how', ''))}")
+@pytest.mark.parametrize(
+    "trap", TRAPS, ids=lambda t: f"{type(t).__name__} {getattr(t, 'source', getattr(t, 'how', ''))}"
+)
 def test_code_that_a_graph_would_freeze_stays_python(trap: nn.Module, root: bool) -> None:
     trap = copy.deepcopy(trap)
     model = trap if root else nn.Sequential(nn.Linear(4, 4), trap)

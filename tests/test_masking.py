@@ -133,7 +133,9 @@ def test_copies(copier: object, model: type[nn.Module]) -> None:
         assert str(twin.graph) == str(sparse.graph)
     assert type(twin) is type(sparse)
     assert twin.updater.masks.keys() == sparse.updater.masks.keys()
-    assert twin.get_parameter(next(iter(twin.updater.masks))) is not sparse.get_parameter(next(iter(twin.updater.masks)))
+    assert twin.get_parameter(next(iter(twin.updater.masks))) is not sparse.get_parameter(
+        next(iter(twin.updater.masks))
+    )
     twin.updater.attach(torch.optim.SGD(twin.parameters(), 0.1), total_steps=1000)  # a copy is not attached
 
 
@@ -221,7 +223,9 @@ def test_compile_makes_three_graphs_and_no_more() -> None:
     compiled.eval()
     assert torch.equal(compiled(X), sparse(X))
     assert count["stats"]["unique_graphs"] == 3
-    assert all(torch.equal(sparse.get_parameter(n), sparse.get_parameter(n) * m) for n, m in sparse.updater.masks.items())
+    assert all(
+        torch.equal(sparse.get_parameter(n), sparse.get_parameter(n) * m) for n, m in sparse.updater.masks.items()
+    )
 
 
 def test_fold_exports() -> None:
@@ -231,7 +235,9 @@ def test_fold_exports() -> None:
     assert list(plain.state_dict()) == list(SmallNet().state_dict())
     assert torch.equal(torch.export.export(plain, (X,)).module()(X), sparse(X))
     assert not plain._load_state_dict_pre_hooks
-    assert sum(int((plain.get_parameter(n) != 0).sum()) for n in sparse.updater.masks) == sum(sparse.updater.nonzeros.values())
+    assert sum(int((plain.get_parameter(n) != 0).sum()) for n in sparse.updater.masks) == sum(
+        sparse.updater.nonzeros.values()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -24,7 +24,13 @@ def bits(*values: int) -> Tensor:
 
 # weight, gradient, mask, k -> mask after
 WORKED = {
-    "drop the smallest, grow the largest gradient": ([5, -1, 3, 0, 0], [0, 0, 0, -2, 1], [1, 1, 1, 0, 0], 1, [1, 0, 1, 1, 0]),
+    "drop the smallest, grow the largest gradient": (
+        [5, -1, 3, 0, 0],
+        [0, 0, 0, -2, 1],
+        [1, 1, 1, 0, 0],
+        1,
+        [1, 0, 1, 1, 0],
+    ),
     "dropped and regrown": ([5, -1, 3, 0, 0], [0, 9, 0, -2, 1], [1, 1, 1, 0, 0], 1, [1, 1, 1, 0, 0]),
     "ties drop the lowest index": ([1, 1, 1, 0], [0, 0, 0, 7], [1, 1, 1, 0], 1, [0, 1, 1, 1]),
     "ties grow the lowest index": ([1, 2, 0, 0], [0, 0, 3, -3], [1, 1, 0, 0], 1, [0, 1, 1, 0]),
@@ -36,7 +42,9 @@ WORKED = {
 
 @pytest.mark.parametrize(("weight", "gradient", "mask", "k", "after"), WORKED.values(), ids=WORKED)
 def test_worked_steps(weight: list, gradient: list, mask: list, k: int, after: list) -> None:
-    result = drop_and_grow(torch.tensor(weight).float(), torch.abs, torch.tensor(gradient).float(), torch.abs, bits(*mask), k)
+    result = drop_and_grow(
+        torch.tensor(weight).float(), torch.abs, torch.tensor(gradient).float(), torch.abs, bits(*mask), k
+    )
     assert result.int().tolist() == after
 
 
@@ -85,7 +93,9 @@ def train(model: nn.Module, optimizers: list, steps: int, check: object = None) 
             check(step)
 
 
-def attached(method: object = None, density: float = 0.3, total: int = 1000, make: object = None, **options: object) -> tuple:
+def attached(
+    method: object = None, density: float = 0.3, total: int = 1000, make: object = None, **options: object
+) -> tuple:
     torch.manual_seed(0)
     model = sparsify(SmallNet(), density, method=method or RigL(interval=3), **options)
     optimizer = (make or (lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3)))(model.parameters())
@@ -320,12 +330,12 @@ def test_several_optimizers_frozen_layers_and_a_second_phase() -> None:
 def test_a_replaced_layer_is_noticed() -> None:
     model, optimizer = attached()
     model.fc = nn.Linear(32, 10)
-    with pytest.raises(RuntimeError, match="fc.weight was replaced while the updater is attached"):
+    with pytest.raises(RuntimeError, match=r"fc.weight was replaced while the updater is attached"):
         train(model, [optimizer], 3)
     model.updater.detach()
     assert model.updater.replaced == ("fc.weight",)
     second = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="fc.weight was masked, but its layer has been replaced"):
+    with pytest.warns(UserWarning, match=r"fc.weight was masked, but its layer has been replaced"):
         model.updater.attach(second, total_steps=100)
     assert "fc.weight" not in model.updater.masks
 

@@ -1,0 +1,242 @@
+"""What sparse training costs, as ratios to dense training and to other tools.
+
+Every ratio comes from one run of this script that takes turns between both sides, so that a slow moment of the machine
+hits both; figures of different runs or machines do not compare.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import subprocess
+import sys
+import venv
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision.models import resnet50
+from workload import (
+    DENSITY,
+    FOREVER,
+    Ratio,
+    Trainer,
+    batch,
+    dense_trainer,
+    interleave,
+    ratio,
+    sgd,
+    small_batch,
+    small_model,
+    timed,
+    timed_update,
+)
+
+from sparsify import Method, RigL, Static, flop_report, sparsify
+
+HERE = Path(__file__).parent
+PEER = "rigl-torch==0.5.2"
+PEER_VENV = HERE.parent / ".venv-rigl-torch"
+PEER_PYTHON = PEER_VENV / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+class Row(NamedTuple):
+    """One line of the table of times."""
+
+    name: str
+    goal: str
+    ratio: Ratio
+
+
+def sparse_trainer(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], method: Method) -> Trainer:
+    """The sparse side of a ratio, with the updater attached."""
+    model = sparsify(model, DENSITY, method=method)
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=FOREVER)
+    return Trainer(model, optimizer, data, optimizer.step)
+
+
+def small_rows(repeats: int) -> list[Row]:
+    """The ResNet-18 training step and topology update."""
+    data = small_batch()
+    updating = sparse_trainer(small_model(), data, RigL(interval=2))
+    before = {name: mask.clone() for name, mask in updating.model.updater.masks.items()}
+    cases = {
+        "dense": timed(dense_trainer(small_model(), data).step),
+        "again": timed(dense_trainer(small_model(), data).step),
+        "masked": timed(sparse_trainer(small_model(), data, Static()).step),
+        "update": timed_update(updating),
+    }
+    seconds = interleave(cases, repeats)
+    if all(torch.equal(before[name], mask) for name, mask in updating.model.updater.masks.items()):
+        raise RuntimeError("No update changed a mask, so what was timed is not an update.")
+    return [
+        Row("ResNet-18 step: masked / dense", "<= 1.15", ratio(seconds, "masked", "dense")),
+        Row("ResNet-18 step: dense / dense (noise)", "1", ratio(seconds, "again", "dense")),
+        Row("ResNet-18: update / dense step", "<= 1.0", ratio(seconds, "update", "dense")),
+    ]
+
+
+def large_rows(repeats: int) -> list[Row]:
+    """The ResNet-50 training step."""
+    data = batch(8, 128)
+    cases = {
+        "dense": timed(dense_trainer(resnet50(num_classes=10), data).step),
+        "again": timed(dense_trainer(resnet50(num_classes=10), data).step),
+        "masked": timed(sparse_trainer(resnet50(num_classes=10), data, Static()).step),
+    }
+    seconds = interleave(cases, repeats)
+    return [
+        Row("ResNet-50 step: masked / dense", "<= 1.05", ratio(seconds, "masked", "dense")),
+        Row("ResNet-50 step: dense / dense (noise)", "1", ratio(seconds, "again", "dense")),
+    ]
+
+
+def sparsify_row(repeats: int) -> Row:
+    """The time of `sparsify` itself."""
+    model = resnet50()
+
+    def copy_and_trace() -> None:
+        copy.deepcopy(model)
+        fx.Tracer().trace(model)
+
+    cases = {"sparsify": timed(lambda: sparsify(model, density=DENSITY)), "base": timed(copy_and_trace)}
+    seconds = interleave(cases, repeats)
+    return Row("ResNet-50: sparsify / (deepcopy + fx trace)", "<= 2.5", ratio(seconds, "sparsify", "base"))
+
+
+def report_rows(repeats: int) -> list[Row]:
+    """The time of fvcore's count of a dense model over that of `flop_report`, of this model and of its sparse copy.
+
+    fvcore is not given the sparse copy: its tracer stumbles over the updater's extra state.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its import calls deprecated functions of torch
+        from fvcore.nn import FlopCountAnalysis
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    shape = (1, 3, 224, 224)
+    dense, inputs = resnet50().eval(), torch.randn(shape)
+    sparse = sparsify(dense, DENSITY)
+    cases = {
+        "fvcore": timed(lambda: FlopCountAnalysis(dense, inputs).total()),
+        "dense": timed(lambda: flop_report(dense, shape)),
+        "sparse": timed(lambda: flop_report(sparse, shape)),
+    }
+    seconds = interleave(cases, repeats)
+    return [
+        Row("ResNet-50: fvcore / flop_report", ">= 3", ratio(seconds, "fvcore", "dense")),
+        Row("ResNet-50: fvcore (dense) / flop_report (sparse)", ">= 3", ratio(seconds, "fvcore", "sparse")),
+    ]
+
+
+def memory_table() -> str:
+    """Peak tensor bytes of one ordinary ResNet-18 training step, sparse over dense."""
+    dense = dense_trainer(small_model(), small_batch())
+    sparse = sparse_trainer(small_model(), small_batch(), RigL())
+    masks = sum(mask.nbytes for mask in sparse.model.updater.masks.values())
+    weights = sum(sparse.model.get_parameter(name).nbytes for name in sparse.model.updater.masks)
+    dense_peak, sparse_peak = peak_bytes(dense), peak_bytes(sparse)
+    rows = [
+        ("peak of a step: masked / dense", f"{1 + masks / dense_peak:.3f}", f"{sparse_peak / dense_peak:.3f}"),
+        ("masks / the weights they mask", "0.250", f"{masks / weights:.3f}"),
+    ]
+    size = f"dense peak {dense_peak / 1e6:.1f} MB, masked peak {sparse_peak / 1e6:.1f} MB, masks {masks / 1e6:.1f} MB"
+    return (
+        tabulate(rows, ["ResNet-18 memory", "dense + masks", "ratio"], "github", disable_numparse=True) + "\n\n" + size
+    )
+
+
+def peak_bytes(trainer: Trainer) -> int:
+    """What a step holds at its start, and the most that it allocates on top, by the profiler's memory events."""
+    for _ in range(2):
+        trainer.step()
+    trainer.optimizer.zero_grad()
+    state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    held = sum(t.nbytes for t in [*trainer.model.parameters(), *trainer.model.buffers(), *state])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.step()
+    results = profiled.profiler.kineto_results
+    events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    extra = peak = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        extra += change
+        peak = max(peak, extra)
+    return held + peak
+
+
+def peer_table(repeats: int, own: list[Row]) -> str:
+    """The ResNet-18 rows beside rigl-torch's, each over the dense step of its own process."""
+    if problem := build_peer():
+        return f"Skipped {PEER}: {problem}"
+    command = [PEER_PYTHON, HERE / "peer_rigl_torch.py", "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"Skipped {PEER}: its script failed.\n{done.stderr[-1000:]}"
+    peer = json.loads(done.stdout.splitlines()[-1])
+    rows = [
+        (name, shown(row.ratio), shown(Ratio(**peer[key])))
+        for name, key, row in (
+            ("masked step / dense step", "masked", own[0]),
+            ("update / dense step", "update", own[2]),
+        )
+    ]
+    headers = ["ResNet-18", "sparsify", f"{PEER} (torch {peer['torch']})"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def build_peer() -> str:
+    """Make rigl-torch's environment where it is absent; return what went wrong, if anything."""
+    if runs([PEER_PYTHON, "-c", "import rigl_torch.RigL, torchvision"]):
+        return ""
+    print(f"Installing {PEER} into {PEER_VENV.name}; it brings its own torch, which takes minutes.", file=sys.stderr)
+    try:
+        venv.create(PEER_VENV, with_pip=True, clear=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no environment could be made ({error})."
+    installed = runs([PEER_PYTHON, "-m", "pip", "install", "--quiet", PEER, "torchvision", "numpy"])
+    return "" if installed else "pip could not install it (see above)."
+
+
+def runs(command: list[str | Path]) -> bool:
+    """Whether a command starts and ends well."""
+    quiet = subprocess.DEVNULL if "-c" in command else None
+    try:
+        return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
+    except OSError:
+        return False
+
+
+def shown(figure: Ratio) -> str:
+    """A ratio with its quartiles."""
+    return f"{figure.median:.2f} ({figure.lower:.2f}-{figure.upper:.2f})"
+
+
+def time_table(rows: list[Row]) -> str:
+    """The rows as text."""
+    cells = [(r.name, r.goal, shown(r.ratio), f"{r.ratio.ms:.1f} / {r.ratio.base_ms:.1f}") for r in rows]
+    return tabulate(cells, ["time", "goal", "ratio (quartiles)", "ms"], "github", disable_numparse=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30, help="rounds of a ResNet-18 row; others take a third")
+    parser.add_argument("--no-peer", action="store_true", help="leave rigl-torch out")
+    args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error("--repeats must be at least 2")
+    few = max(2, args.repeats // 3)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args.repeats} and {few} rounds\n")
+    small = small_rows(args.repeats)
+    print(time_table([*small, *large_rows(few), sparsify_row(few), *report_rows(few)]), end="\n\n")
+    print(memory_table(), flush=True)
+    if not args.no_peer:
+        print(f"\n{peer_table(few, small)}")
+
+
+if __name__ == "__main__":
+    main()
