@@ -119,12 +119,12 @@ class FlopReport:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
         lines = [
             f"{self.model} on {shapes}, method {self.method} (1 MAC = 1 multiply-accumulate; FLOPs = 2 * MACs)",
-            f"inference: {self.inference_ratio:.4f} of dense ({_giga(self.sparse_macs)} of {_giga(self.dense_macs)} MACs)",
+            f"inference: {self.inference_ratio:.4f} of dense ({_short(self.sparse_macs)} of {_short(self.dense_macs)} MACs)",
             f"training:  {self.training_ratio:.4f} of dense by the published formula, {self.exact_training_ratio:.4f} for a run"
             f" of this library, whose updates replace a step",
-            f"file:      {self.sparse_bytes / max(self.dense_bytes, 1):.4f} of dense ({_mega(self.sparse_bytes)} of "
-            f"{_mega(self.dense_bytes)}; masks at 1 bit per weight included)",
-            f"apart:     {_giga(self.other_flops)} FLOPs in norms, pooling and resizing, as fvcore counts them",
+            f"file:      {self.sparse_bytes / max(self.dense_bytes, 1):.4f} of dense ({_short(self.sparse_bytes)}B of "
+            f"{_short(self.dense_bytes)}B; masks at 1 bit per weight included)",
+            f"apart:     {_short(self.other_flops)} FLOPs in norms, pooling and resizing, as fvcore counts them",
         ]
         if dead := sum(layer.dead_outputs for layer in self.layers):
             lines.append(f"dead:      {dead:,} output channels keep no input")
@@ -144,9 +144,12 @@ def _cells(layer: Layer) -> tuple[Any, ...]:
     return layer.name, layer.op, shape, *kept, f"{layer.density:.4f}{note}", layer.dense_macs, layer.sparse_macs
 
 
-def _giga(number: float) -> str:
-    return f"{number / 1e9:,.3f} G"
-
-
-def _mega(number: float) -> str:
-    return f"{number / 1e6:,.1f} MB"
+def _short(number: float) -> str:
+    """Return a number with three digits after the point and a decimal prefix: 4089184256 is "4.089 G"."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            break
+        number /= 1000
+    else:
+        prefix = "T"
+    return f"{number:.3f} {prefix}".rstrip()
