@@ -6,6 +6,7 @@ through a `call_module weight_mask` node on its way to the consumer.
 """
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,6 +78,10 @@ class MaskGradient(torch.autograd.Function):
         return torch.where(mask, grad, 0), None
 
 
+# torch binds the arguments of every `apply` to this signature; without it, it would work the signature out each time.
+MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
 class Mask(nn.Module):
     """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
 
@@ -128,7 +133,7 @@ class MaskedLeaf(nn.Module):
         try:
             for name in self._masked:
                 path, _, attribute = name.rpartition(".")
-                owner = self.get_submodule(path)
+                owner = self.get_submodule(path) if path else self
                 # An entry of the instance's own dict is found before nn.Module looks among its parameters.
                 vars(owner)[attribute] = getattr(owner, f"{attribute}_mask")(owner._parameters[attribute])
                 owners.append((owner, attribute))

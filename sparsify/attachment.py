@@ -1,5 +1,9 @@
 """Attachment: one optimizer, the masked weights it trains, and what an update does to both."""
 
+import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +48,23 @@ def all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
+def each_layer(changes: Iterable[functools.partial[None]]) -> None:
+    """Run the changes of independent layers: one after the other on a device, side by side on the CPU, largest first."""
+    ordered = sorted(changes, key=lambda change: -change.args[1].numel())
+    if all(change.args[1].device.type == "cpu" for change in ordered):
+        list(_workers(os.getpid()).map(lambda change: change(), ordered))
+    else:
+        for change in ordered:
+            change()
+
+
+@functools.cache
+def _workers(process: int) -> ThreadPoolExecutor:
+    """The threads of this process, kept: starting them anew costs as much as an update. A fork gets its own."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="sparsify-update")
+
+
+@torch.no_grad()
 def change(bound: Bound, gradient: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
     """Update one mask, and zero the weight and the optimizer's state wherever it changed."""
     mask, weight = bound.mask, bound.weight

@@ -146,10 +146,5 @@ def _cells(layer: Layer) -> tuple[Any, ...]:
 
 def _short(number: float) -> str:
     """Return a number with three digits after the point and a decimal prefix: 4089184256 is "4.089 G"."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000:
-            break
-        number /= 1000
-    else:
-        prefix = "T"
-    return f"{number:.3f} {prefix}".rstrip()
+    thousands = (len(str(int(number))) - 1) // 3
+    return f"{number / 1000**thousands:.3f} {['', 'k', 'M', 'G', 'T', 'P'][thousands]}"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from passes.masking import masks_of
 from sparsify import optimizers as opt
-from sparsify.attachment import Attachment, Bound, all_finite, change, zero_all_dropped
+from sparsify.attachment import Attachment, Bound, all_finite, change, each_layer, zero_all_dropped
 from sparsify.loading import check_before_load, settle_after_load
 from sparsify.methods import Method, Updates
 
@@ -213,10 +213,11 @@ class Updater(nn.Module):
         if present:
             finite = all_finite([g for _, g in present], self.skipped.device)
             self.skipped += ~finite
-            for bound, gradient in present:
-                k = int(fraction * bound.mask.nonzeros)
-                if k and bound.mask.density < 1:
-                    change(bound, gradient, k, finite, updates, attachment.optimizer)
+            each_layer(
+                functools.partial(change, b, gradient, k, finite, updates, attachment.optimizer)
+                for b, gradient in present
+                if (k := int(fraction * b.mask.nonzeros)) and b.mask.density < 1
+            )
         opt.skip_step(attachment.optimizer)
 
     def _check_bound(self, attachment: Attachment) -> None:
