@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.effects import Snapshot
+from passes.effects import Snapshot, rng_state
 
 _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,7 +47,14 @@ fx.wrap("expect_default")
 
 
 class _Tracer(fx.Tracer):
-    """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully."""
+    """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
+
+    `rng` is the state of the random generators, which tracing must not move.
+    """
+
+    def __init__(self, rng: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.rng = rng
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or is_called_whole(m)
@@ -58,7 +65,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m)
+        last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m, self.rng)
         try:
             result = super().call_module(m, forward, args, kwargs)
             if before.difference(m) is None:
@@ -168,12 +175,12 @@ def _trace_region(module: nn.Module) -> Region | str:
     """Trace one module in both modes, or say why it cannot be."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
-    before, graphs = Snapshot.of(module), {}
+    before, graphs = Snapshot.of(module, rng_state()), {}
     try:
         for mode in (True, False):
             for child in module.modules():
                 vars(child)["training"] = mode
-            graphs[mode] = _without_unread_attributes(_Tracer().trace(module))
+            graphs[mode] = _without_unread_attributes(_Tracer(before.rng).trace(module))
     except Exception as error:
         before.restore(module)
         return f"{type(error).__name__}: {error}"

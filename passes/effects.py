@@ -58,19 +58,21 @@ class Snapshot:
     buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]]  # name: (buffer, version, copy of its values)
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Snapshot":
-        """Take a snapshot of `module` itself; its children are not looked at."""
+    def of(cls, module: nn.Module, rng: tuple[Any, ...]) -> "Snapshot":
+        """Take a snapshot of `module` itself, not of its children, while the generators are in the state `rng`."""
         attributes = {k: v.copy() if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
         buffers = {k: (b, b._version, b.detach().clone()) for k, b in module._buffers.items() if b is not None}
-        return cls(rng_state(), attributes, buffers)
+        return cls(rng, attributes, buffers)
 
     def difference(self, module: nn.Module) -> str | None:
         """Say what has changed since, or return None where nothing has."""
         if _rng_moved(self.rng):
             return "draws random numbers"
         now = vars(module)
-        for name in sorted(now.keys() | self.attributes.keys()):
-            if name not in now or name not in self.attributes or not _same(now[name], self.attributes[name]):
+        for name in now.keys() ^ self.attributes.keys():
+            return f"writes its attribute {name!r}"
+        for name, saved in self.attributes.items():
+            if now[name] is not saved and not _same(now[name], saved):
                 return f"writes its attribute {name!r}"
         for name, (buffer, version, _) in self.buffers.items():
             if buffer._version != version:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 19  # weights at a time: their random bits stay in the cache
+
 
 def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> Tensor:
     """Draw a mask uniformly among all with an exact count.
@@ -32,7 +34,10 @@ def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> 
     if nonzeros == size:
         return torch.ones(shape, dtype=torch.bool)
     bits = np.random.PCG64(np.random.SeedSequence([seed % 2**63, zlib.crc32(name.encode())]))
-    mask = bits.random_raw(-(-size // 8)).view(np.uint8)[:size] < nonzeros * 256 // size
+    mask = np.empty(size, dtype=bool)
+    for start in range(0, size, _CHUNK):
+        part = mask[start : start + _CHUNK]
+        np.less(bits.random_raw(-(-part.size // 8)).view(np.uint8)[: part.size], nonzeros * 256 // size, out=part)
     while surplus := int(np.count_nonzero(mask)) - nonzeros:
         wrong = surplus > 0  # the value that too many positions have
         share = (nonzeros if wrong else size - nonzeros) / size
