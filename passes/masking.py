@@ -129,18 +129,18 @@ class MaskedLeaf(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's own class."""
-        owners = []
+        parameters = []
         try:
             for name in self._masked:
                 path, _, attribute = name.rpartition(".")
                 owner = self.get_submodule(path) if path else self
-                # An entry of the instance's own dict is found before nn.Module looks among its parameters.
-                vars(owner)[attribute] = getattr(owner, f"{attribute}_mask")(owner._parameters[attribute])
-                owners.append((owner, attribute))
+                weight = owner._parameters[attribute]
+                parameters.append((owner, attribute, weight))
+                owner._parameters[attribute] = getattr(owner, f"{attribute}_mask")(weight)
             return super().forward(*args, **kwargs)
         finally:
-            for owner, attribute in owners:
-                del vars(owner)[attribute]
+            for owner, attribute, weight in parameters:
+                owner._parameters[attribute] = weight
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_masked, (leaf_class(self),), self.__getstate__()
