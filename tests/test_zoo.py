@@ -42,6 +42,7 @@ def test_counts_on_meta(name: str) -> None:
     dense = flop_report(model, shape)
     assert fingerprint(model) == before
     assert list(graphs(sparse)) == [""]
+    sparse.graph.lint()
 
     # Every weight is masked, with exactly the count of its density under the one rounding rule.
     assert set(report.coverage.values()) == {"masked"}
