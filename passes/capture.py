@@ -20,8 +20,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Tell whether fx keeps `module` whole: a module that torch.nn defines, other than nn.Sequential."""
-    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+    """Tell whether a graph keeps `module` whole: its forward is torch.nn's own, and it is not an nn.Sequential."""
+    return type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+        module, nn.Sequential
+    )
 
 
 def is_called_whole(module: nn.Module) -> bool:
@@ -52,12 +54,14 @@ class _Tracer(fx.Tracer):
     `rng` is the state of the random generators, which tracing must not move.
     """
 
+    proxy_buffer_attributes = True  # a buffer is read when the graph runs, not when it is traced
+
     def __init__(self, rng: tuple[Any, ...]) -> None:
         super().__init__()
         self.rng = rng
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or is_called_whole(m)
+        return is_builtin(m) or is_called_whole(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -176,6 +180,7 @@ def _trace_region(module: nn.Module) -> Region | str:
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
     before, graphs = Snapshot.of(module, rng_state()), {}
+    inside = [(path, child, dict(vars(child))) for path, child in module.named_modules() if path]
     try:
         for mode in (True, False):
             for child in module.modules():
@@ -188,7 +193,14 @@ def _trace_region(module: nn.Module) -> Region | str:
     for name in constants:
         delattr(module, name)
     vars(module)["training"] = before.attributes["training"]
-    if reason := before.difference(module):
+    reason = before.difference(module)
+    for path, child, attributes in inside:
+        vars(child)["training"] = attributes["training"]
+        if any(vars(child).get(k) is not v for k, v in attributes.items()) or len(vars(child)) != len(attributes):
+            vars(child).clear()
+            vars(child).update(attributes)
+            reason = reason or f"writes an attribute of its child {path!r}"
+    if reason:
         before.restore(module)
         return reason
     if _facts(graphs[True]) == _facts(graphs[False]):

@@ -153,7 +153,12 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
 
 @functools.cache
 def _masked_class(base: type[nn.Module]) -> type[MaskedLeaf]:
-    return type(f"Masked{base.__name__}", (MaskedLeaf, base), {"__doc__": base.__doc__, "__module__": base.__module__})
+    @functools.wraps(base.forward)  # signature and module of the original, by which `is_builtin` goes
+    def forward(self: MaskedLeaf, *args: Any, **kwargs: Any) -> Any:
+        return MaskedLeaf.forward(self, *args, **kwargs)
+
+    namespace = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+    return type(f"Masked{base.__name__}", (MaskedLeaf, base), namespace)
 
 
 def _new_masked(base: type[nn.Module]) -> MaskedLeaf:
@@ -162,7 +167,13 @@ def _new_masked(base: type[nn.Module]) -> MaskedLeaf:
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
     """Return the masks of a model by the name of the parameter each masks."""
-    return {path.removesuffix("_mask"): m for path, m in model.named_modules() if isinstance(m, Mask)}
+    found: dict[nn.Parameter, tuple[str, Mask]] = {}
+    for path, module in model.named_modules():  # in the order of named_parameters(), whose first name counts
+        for attribute, weight in module._parameters.items():
+            mask = module._modules.get(f"{attribute}_mask")
+            if weight is not None and isinstance(mask, Mask):
+                found.setdefault(weight, (f"{path}.{attribute}" if path else attribute, mask))
+    return dict(found.values())
 
 
 def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) -> nn.Module:

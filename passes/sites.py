@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from passes.capture import Capture, called_modules, is_builtin
 
@@ -120,9 +121,10 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
 def leaf_weights(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """Yield the weights that a torch.nn module multiplies by when it is called, with the operation."""
     for cls, op, names in _LEAF_WEIGHTS:
-        if isinstance(module, cls):
+        if isinstance(module, cls) and is_builtin(module):
             for name in names:
-                weight = operator.attrgetter(name)(module)
+                path, _, attribute = name.rpartition(".")
+                weight = module.get_submodule(path)._parameters.get(attribute)
                 if weight is not None:
                     yield weight, op
             return
@@ -218,12 +220,15 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
 
 
 def _composite_weights(leaf: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
-    """Weights of layers inside a torch.nn module that runs them itself (nn.LSTM, nn.TransformerEncoderLayer)."""
+    """Weights that a torch.nn module reads in its own way: nn.LSTM, nn.TransformerEncoderLayer, parametrized layers."""
     if not is_builtin(leaf) or any(leaf_weights(leaf)):
         return
-    if isinstance(leaf, (nn.RNNBase, nn.RNNCellBase)):
+    if isinstance(leaf, (nn.RNNBase, nn.RNNCellBase)) or parametrize.is_parametrized(leaf):
         weights = [p for p in leaf.parameters() if p.dim() >= 2]
     else:
         weights = [w for child in leaf.modules() for w, _ in leaf_weights(child)]
+        weights += [
+            p for cls, _, _ in _LEAF_WEIGHTS if isinstance(leaf, cls) for p in leaf.parameters() if p.dim() >= 2
+        ]
     for weight in weights:
         yield weight, f"torch.nn.{type(leaf).__name__} reads it in code of its own"

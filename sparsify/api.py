@@ -76,7 +76,7 @@ def sparsify(
     distribution = _resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = _resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     adapt_weights = _resolve(init, INITS, "init", lambda choice: False)
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    exclude = _patterns(exclude)
 
     model = model if inplace else copy.deepcopy(model)
     capture = trace(model)
@@ -86,7 +86,7 @@ def sparsify(
     if flops is not None:
         density = _density_for(model, candidates, distribution, flops, inputs)
     densities = _allocate(candidates, density, distribution)
-    rules |= {site.name: _why_dense(density, distribution) for site in candidates if site.name not in densities}
+    rules |= {site.name: _why_dense(site, density, distribution) for site in candidates if site.name not in densities}
     masks = _draw(model, sites, densities, seed)
     model = install(mask_weights(model, capture, masks), capture)
     adapt_weights(model, sites)
@@ -139,6 +139,8 @@ def _check_budget(density: Any, flops: Any, inputs: Any) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and math.isfinite(value) and 0 < value <= 1):
             raise ValueError(f"{pattern}={value!r} must be a number in (0, 1].")
+        if value is None and pattern not in ("density", "flops"):
+            raise ValueError(f"{pattern}=None must be a number in (0, 1].")
     if flops is not None and inputs is None:
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
@@ -146,7 +148,7 @@ def _check_budget(density: Any, flops: Any, inputs: Any) -> None:
 def _resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool]) -> T:
     if accepts(choice):
         return choice
-    if choice not in known:
+    if not isinstance(choice, str) or choice not in known:
         near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
@@ -169,6 +171,13 @@ def _dense_by_rule(sites: Sequence[Site], exclude: Sequence[str]) -> dict[str, s
     return rules
 
 
+def _patterns(exclude: Any) -> tuple[str, ...]:
+    exclude = (exclude,) if isinstance(exclude, str) or not isinstance(exclude, Iterable) else tuple(exclude)
+    if strange := [pattern for pattern in exclude if not isinstance(pattern, str)]:
+        raise ValueError(f"exclude takes fnmatch patterns of parameter names, not {strange[0]!r}.")
+    return exclude
+
+
 def _check_patterns(patterns: Iterable[str], sites: Sequence[Site], what: str) -> None:
     names = [site.name for site in sites]
     for pattern in patterns:
@@ -182,20 +191,24 @@ def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -
     if isinstance(density, Mapping):
         _check_patterns(density, sites, "density")
         first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
-        return {name: value for name, value in first.items() if value is not None}
-    densities = distribution(sites, density)
+        densities = {name: value for name, value in first.items() if value is not None}
+    else:
+        densities = distribution(sites, density)
     if not densities:
-        raise ValueError("The distribution leaves every weight dense, so there is nothing to mask.")
+        raise ValueError(
+            "Every weight would stay dense, so there is nothing to mask: give a density pattern or another distribution."
+        )
     for name, value in densities.items():
         if not 0 < value <= 1:
             raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
     return densities
 
 
-def _why_dense(density: Any, distribution: Distribution) -> str:
+def _why_dense(site: Site, density: Any, distribution: Distribution) -> str:
     if isinstance(density, Mapping):
         return "no density pattern matches"
-    return f"first layer, dense under {getattr(distribution, '__name__', 'this distribution')}"
+    name = getattr(distribution, "__name__", "the distribution")
+    return f"first layer, dense under {name}" if site.index == 0 else f"left dense by {name}"
 
 
 def _density_for(
@@ -207,7 +220,7 @@ def _density_for(
 
     def ratio(density: float) -> float:
         densities = distribution(sites, density)
-        saved = sum(macs[name] * (1 - kept(d, sizes[name]) / sizes[name]) for name, d in densities.items())
+        saved = sum(macs.get(name, 0) * (1 - kept(d, sizes[name]) / sizes[name]) for name, d in densities.items())
         return 1 - saved / report.dense_macs
 
     return solve_density(ratio, flops)

@@ -57,9 +57,11 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
 
 def arguments_of(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
     """Turn what users pass as `inputs` into the positional arguments of forward."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"flop_report() takes a torch.nn.Module, not {type(model).__name__}.")
     if isinstance(inputs, Tensor):
         return (inputs,)
-    if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) for n in inputs):
+    if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) and n > 0 for n in inputs):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),)
     if isinstance(inputs, tuple) and any(isinstance(t, Tensor) for t in inputs):
@@ -128,7 +130,7 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
                 dense * kept // weight.numel(),
                 status,
                 reason.removeprefix("unsupported: "),
-                _dead_outputs(mask, dim=1 if op == "conv_transpose" else 0),
+                _dead_outputs(mask, dim=1 if hidden.get(weight) == "conv_transpose" else 0),
             )
         )
     return rows

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.masking import masks_of, zero_dropped_
+from passes.masking import Mask, masks_of, zero_dropped_
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
     masks = masks_of(model)
+    _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
     numbers = state_dict.get(f"{prefix}updater._extra_state", torch.zeros(3, dtype=torch.int64)).tolist()
     saved_counts = numbers[3 + numbers[2] :]  # the layout of Updater.get_extra_state
     counts = dict(zip(masks, saved_counts, strict=True)) if len(saved_counts) == len(masks) else {}
@@ -39,3 +40,14 @@ def settle_after_load(model: nn.Module) -> None:
             mask.nonzeros = int(mask.mask.sum())
             with torch.no_grad():
                 zero_dropped_(model.get_parameter(name), mask.mask)
+
+
+def _check_same_masks(model: nn.Module, keys: set[str]) -> None:
+    found = {key for key in keys if key.endswith("_mask.mask")}
+    expected = {f"{n}.mask" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)}
+    if found and (different := sorted(found ^ expected)):
+        name, where = different[0].removesuffix("_mask.mask"), "state_dict" if different[0] in found else "model"
+        raise ValueError(
+            f"The state_dict masks other weights than the model does; the first is {name}, masked in the {where} only. "
+            f"Sparsify the model with the distribution and patterns that the checkpoint was made with."
+        )

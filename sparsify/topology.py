@@ -71,7 +71,7 @@ def _split(tensor: Tensor, score: Score, among: Tensor, low: float, high: float)
     ):
         values, inside = _scores(chunk, score), allowed.numpy()
         above = np.logical_and(values > high, inside, out=chosen[start : start + _CHUNK])
-        between = np.flatnonzero(((values >= low) & inside) ^ above)
+        between = np.flatnonzero((inside & ~(values < low)) ^ above)  # NaN is between
         positions.append(between + start)
         candidates.append(values[between])
     return chosen, np.concatenate(positions), np.concatenate(candidates)

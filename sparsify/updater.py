@@ -41,7 +41,8 @@ class Updater(nn.Module):
         self._steps = [0]
         self._total_steps = 0
         # Updates that a non-finite gradient prevented: counted on the device, read when the host asks.
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64), persistent=False)
+        device = next(iter(self.masks.values())).device
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._skipped_before = 0
         self._load_hooks = (
             model.register_load_state_dict_pre_hook(check_before_load),
@@ -77,7 +78,7 @@ class Updater(nn.Module):
 
     @property
     def skipped_updates(self) -> int:
-        """Updates that left every mask as it was because a gradient was not finite. Reads the device."""
+        """Updates of an optimizer that left its masks as they were because a gradient was not finite. Reads the device."""
         count = self._skipped_before + (0 if self.skipped.is_meta else int(self.skipped))
         if count > self._skipped_before:
             warnings.warn(
@@ -135,6 +136,7 @@ class Updater(nn.Module):
                 optimizer.register_step_post_hook(functools.partial(self._after_step, attachment)),
             ]
             self._attached.append(attachment)
+            zero_all_dropped(bound)  # whoever initialized the weights anew after sparsify() did not know of masks
         self._settle_gradients()
         for name in self.replaced:
             warnings.warn(
@@ -162,6 +164,8 @@ class Updater(nn.Module):
             raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
         if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
             raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
+        if len(set(optimizers)) < len(optimizers):
+            raise ValueError("attach() was given the same optimizer twice.")
         updates = self.method.updates
         if updates and updates.interval >= updates.end_fraction * total_steps:
             raise ValueError(

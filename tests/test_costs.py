@@ -172,6 +172,11 @@ def test_dead_outputs_are_counted() -> None:
     assert flop_report(model, (1, 10)).layers[0].dead_outputs == int((~rows).sum()) > 0
 
 
+def test_dead_outputs_of_a_transposed_conv() -> None:
+    model = sparsify(nn.Sequential(nn.ConvTranspose2d(4, 64, 1)), 1e-9)
+    assert flop_report(model, (1, 4, 2, 2)).layers[0].dead_outputs == 63
+
+
 def test_coverage_names_every_rule() -> None:
     model = sparsify(SmallNet(), 0.3, "uniform", exclude=["fc.*"])
     coverage = flop_report(model, (1, 3, 8, 8)).coverage

@@ -29,6 +29,10 @@ BAD_CALLS = {
     "init": ({"density": 0.1, "init": "fan-in"}, "Did you mean 'fan_in'"),
     "exclude": ({"density": 0.1, "exclude": ["cnv1*"]}, "matches no weight; the nearest weight is"),
     "pattern": ({"density": {"head.*": 0.1}}, "matches no weight"),
+    "no pattern": ({"density": {}}, "Every weight would stay dense"),
+    "pattern without a number": ({"density": {"fc*": None}}, "fc\\*=None must be a number"),
+    "exclude a number": ({"density": 0.1, "exclude": 5}, "takes fnmatch patterns"),
+    "list of distributions": ({"density": 0.1, "distribution": ["erk"]}, "Unknown distribution"),
     "all excluded": ({"density": 0.1, "exclude": ["*"]}, "nothing left to mask"),
     "custom distribution": ({"density": 0.1, "distribution": lambda s, d: {s[0].name: 7.0}}, r"not in \(0, 1\]"),
 }
@@ -93,6 +97,8 @@ def test_bad_attachments() -> None:
             model.updater.attach(good, total_steps=total)
     with pytest.raises(ValueError, match="No update would ever run"):
         model.updater.attach(good, total_steps=100)
+    with pytest.raises(ValueError, match="same optimizer twice"):
+        model.updater.attach(good, good, total_steps=1000)
     with pytest.raises(ValueError, match=r"takes torch.optim optimizers, not int"):
         model.updater.attach(3, total_steps=1000)
     assert not good._optimizer_step_pre_hooks
@@ -119,7 +125,14 @@ def test_bad_state_dicts() -> None:
     shaped["fc.weight_mask.mask"] = torch.ones(3, 3, dtype=torch.bool)
     typed = copy.deepcopy(model.state_dict())
     typed["fc.weight_mask.mask"] = torch.ones(10, 32)
-    for state, message in ((damaged, "its own count says"), (shaped, r"is \(3, 3\)"), (typed, "torch.float32")):
+    missing = copy.deepcopy(model.state_dict())
+    del missing["fc.weight_mask.mask"]
+    for state, message in (
+        (missing, "the first is fc.weight"),
+        (damaged, "its own count says"),
+        (shaped, r"is \(3, 3\)"),
+        (typed, "torch.float32"),
+    ):
         state["conv1.weight"] = torch.zeros_like(state["conv1.weight"])
         with pytest.raises(ValueError, match=message):
             model.load_state_dict(state)
@@ -207,7 +220,8 @@ def test_code_that_a_graph_would_freeze_stays_python(trap: nn.Module, root: bool
     assert vars(trap).keys() == before.keys()
     assert vars(trap).get("calls") == before.get("calls")
     path = "linear" if root else "1.linear"
-    assert path in graphs(sparse)
+    whole = getattr(trap, "how", "") == "buffer"  # writing a buffer in place is an operation like any other
+    assert ("" if whole else path) in graphs(sparse)
     assert f"{path}.weight" in sparse.updater.masks
     x = torch.randn(3, 4)
     for _ in range(2):
@@ -216,6 +230,7 @@ def test_code_that_a_graph_would_freeze_stays_python(trap: nn.Module, root: bool
             torch.manual_seed(0), random.seed(0), np.random.seed(0)
             outputs.append(net(x))
         assert torch.equal(*outputs)
+    assert getattr(trap, "count", 0) == (sparse if root else sparse[1]).state_dict().get("count", 0)
     twin = copy.deepcopy(sparse)
     assert twin.updater.masks.keys() == sparse.updater.masks.keys()
 
@@ -248,3 +263,89 @@ def test_tracing_is_an_analysis() -> None:
     before = {path: (m.training, sorted(vars(m))) for path, m in model.named_modules()}
     trace(model)
     assert before == {path: (m.training, sorted(vars(m))) for path, m in model.named_modules()}
+
+
+class ReadsBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("std", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x / (self.std + 1e-5))
+
+
+def test_buffers_are_read_when_the_graph_runs() -> None:
+    model = ReadsBuffer()
+    sparse, x = sparsify(model, 1.0), torch.randn(2, 4)
+    for net in (model, sparse):
+        net.std.fill_(5.0)
+    assert torch.equal(model(x), sparse(x))
+
+
+class WritesChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+        self.child.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child.calls += 1
+        return self.child(x)
+
+
+def test_writing_to_a_child_is_noticed() -> None:
+    model = WritesChild()
+    sparse = sparsify(model, 1.0)
+    assert model.child.calls == sparse.child.calls == 0
+    sparse(torch.randn(1, 4)), sparse(torch.randn(1, 4))
+    assert sparse.child.calls == 2
+    assert list(graphs(sparse)) == ["child"]
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """Inherits its forward: the weights are read by torch.nn's code."""
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = OwnAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_subclasses_that_inherit_forward_are_masked() -> None:
+    sparse = sparsify(Attending(), 0.3, method="static")
+    assert set(sparse.updater.masks) == {"attention.in_proj_weight", "attention.out_proj.weight"}
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    sparse.updater.attach(optimizer, total_steps=10)
+    sparse(torch.randn(3, 2, 8)).sum().backward()
+    optimizer.step()
+    for name, mask in sparse.updater.masks.items():
+        assert not sparse.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_parametrized_weights_are_listed(wrap: object) -> None:
+    sparse = sparsify(nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 4)), 0.5)
+    assert set(sparse.updater.masks) == {"1.weight"}
+    assert all("unsupported" in reason for reason in sparse.updater.rules.values())
+    assert sparse.updater.rules
+
+
+def test_a_weight_that_its_parent_owns_too() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.weight = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    sparse = sparsify(Shared(), 0.5)
+    assert list(sparse.updater.masks) == [next(name for name, _ in sparse.named_parameters())] == ["weight"]
+    assert set(flop_report(sparse, (1, 8)).coverage.values()) == {"masked"}

@@ -361,3 +361,24 @@ def test_state_dict_round_trip_resumes_exactly() -> None:
     assert all("mask" in key or key.startswith("updater.") for key in unexpected)
     twin.load_state_dict(dense.state_dict(), strict=False)
     assert_sparse(twin)
+
+
+def test_a_loss_that_is_nan_everywhere() -> None:
+    model, optimizer = attached(RigL(interval=2))
+    before = copy.deepcopy(model.updater.masks)
+    train(model, [optimizer], 1)
+    optimizer.zero_grad()
+    (F.cross_entropy(model(X), Y) * torch.nan).backward()
+    optimizer.step()
+    assert all(torch.equal(m, before[n]) for n, m in model.updater.masks.items())
+    assert_sparse(model)
+    with pytest.warns(UserWarning, match="NaN"):
+        assert model.updater.skipped_updates == 1
+
+
+def test_weights_initialized_anew_are_masked_by_attach() -> None:
+    model = sparsify(SmallNet(), 0.3, method="static")
+    for name in model.updater.masks:
+        nn.init.normal_(model.get_parameter(name))
+    model.updater.attach(torch.optim.SGD(model.parameters(), 0.1), total_steps=10)
+    assert_sparse(model)
