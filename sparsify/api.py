@@ -90,7 +90,7 @@ def sparsify(
     masks = _draw(model, sites, densities, seed)
     model = install(mask_weights(model, capture, masks), capture)
     adapt_weights(model, sites)
-    model.updater = Updater(model, method, rules)
+    model.updater = Updater(model, method, rules, capture.opaque)
     return model
 
 

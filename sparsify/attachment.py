@@ -28,10 +28,15 @@ class Bound:
 
 @dataclass
 class Attachment:
-    """One optimizer, the masked weights it trains, and how many steps it has taken."""
+    """One optimizer, the masked weights it trains, and how many steps it has taken.
+
+    `corrected` are those that an ordinary step may move off 0: all of an optimizer that is not known to keep zeros, and
+    those that Python code outside the graphs may read past their mask.
+    """
 
     optimizer: Optimizer
     bound: list[Bound]
+    corrected: list[Bound]
     step: int
     handles: list[Any]
 

@@ -6,7 +6,7 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,14 +27,16 @@ class Updater(nn.Module):
         model: the masked model that owns this module.
         method: what to drop and grow, and when.
         rules: {parameter name: reason} for every weight that is dense by rule or cannot be masked.
+        opaque: paths of the modules whose own code is not part of a graph.
     """
 
     skipped: Tensor
 
-    def __init__(self, model: nn.Module, method: Method, rules: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, method: Method, rules: Mapping[str, str], opaque: Iterable[str] = ()) -> None:
         super().__init__()
         self.method = method
         self.rules = dict(rules)
+        self._opaque = tuple(opaque)
         self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
         self._sites = tuple(masks_of(model))
         self._attached: list[Attachment] = []
@@ -130,7 +132,8 @@ class Updater(nn.Module):
             own = set(opt.parameters(optimizer))
             weights = ((name, self._model[0].get_parameter(name)) for name in masks)
             bound = [Bound(name, weight, masks[name]) for name, weight in weights if weight in own]
-            attachment = Attachment(optimizer, bound, steps[i] if i < len(steps) else max(steps), [])
+            corrected = [b for b in bound if not opt.keeps_zeros(optimizer) or self._is_exposed(b.name)]
+            attachment = Attachment(optimizer, bound, corrected, steps[i] if i < len(steps) else max(steps), [])
             attachment.handles += [
                 optimizer.register_step_pre_hook(functools.partial(self._before_step, attachment)),
                 optimizer.register_step_post_hook(functools.partial(self._after_step, attachment)),
@@ -181,6 +184,9 @@ class Updater(nn.Module):
                 f"which returns a copy), pass all of them to one attach(), or freeze the weight (requires_grad_(False))."
             )
 
+    def _is_exposed(self, name: str) -> bool:
+        return any(not path or name.startswith(f"{path}.") for path in self._opaque)
+
     # What the optimizers' hooks call.
 
     def _end_step(self, updates: Updates) -> float:
@@ -199,8 +205,8 @@ class Updater(nn.Module):
         attachment.step += 1
         if self._updates_at(attachment.step):
             opt.forget_history(optimizer)
-        elif not opt.keeps_zeros(optimizer):
-            zero_all_dropped(attachment.bound)
+        else:
+            zero_all_dropped(attachment.corrected)
         dense = self._updates_at(attachment.step + 1)
         if dense or self._updates_at(attachment.step):
             attachment.set_dense_gradients(dense)

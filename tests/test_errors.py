@@ -349,3 +349,24 @@ def test_a_weight_that_its_parent_owns_too() -> None:
     sparse = sparsify(Shared(), 0.5)
     assert list(sparse.updater.masks) == [next(name for name, _ in sparse.named_parameters())] == ["weight"]
     assert set(flop_report(sparse, (1, 8)).coverage.values()) == {"masked"}
+
+
+class ReadsChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.child.weight) if x.sum() > 0 else self.child(x)
+
+
+def test_weights_that_python_code_reads_stay_sparse() -> None:
+    sparse = sparsify(nn.Sequential(nn.Linear(8, 8), ReadsChild()), 0.3, method="static")
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    sparse.updater.attach(optimizer, total_steps=10)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(torch.randn(64, 8)).square().sum().backward()
+        optimizer.step()
+        for name, mask in sparse.updater.masks.items():
+            assert not sparse.get_parameter(name)[~mask].any()
