@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.masking import Mask, zero_dropped_
+from passes.masking import Mask, masks_of, zero_dropped_
 from sparsify import optimizers as opt
 from sparsify.methods import Updates
 from sparsify.topology import drop_and_grow
@@ -44,6 +44,31 @@ class Attachment:
         """Choose whether the next gradients of its weights are dense."""
         for b in self.bound:
             b.mask.dense_gradient = dense
+
+
+def check_attach(
+    model: nn.Module, updates: Updates | None, optimizers: tuple[Optimizer, ...], total_steps: int
+) -> None:
+    """Raise unless the optimizers can drive the updates of this model for so many steps."""
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
+    if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
+        raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
+    if len(set(optimizers)) < len(optimizers):
+        raise ValueError("attach() was given the same optimizer twice.")
+    if updates and updates.interval >= updates.end_fraction * total_steps:
+        raise ValueError(
+            f"No update would ever run: interval={updates.interval} is not below end_fraction * total_steps = "
+            f"{updates.end_fraction * total_steps:g}. Lower the interval or train longer; method='static' never updates."
+        )
+    own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
+    weights = {name: model.get_parameter(name) for name in masks_of(model)}
+    if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
+        raise ValueError(
+            f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), "
+            f"which returns a copy), pass all of them to one attach(), or freeze the weight (requires_grad_(False))."
+        )
 
 
 def all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         help="parameters that stay dense: fnmatch patterns such as 'fc.*'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    _add_outputs(parser)
+    return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph",
         nargs="?",
@@ -97,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
-    return parser
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from passes.masking import masks_of
 from sparsify import optimizers as opt
-from sparsify.attachment import Attachment, Bound, all_finite, change, each_layer, zero_all_dropped
+from sparsify.attachment import Attachment, Bound, all_finite, change, check_attach, each_layer, zero_all_dropped
 from sparsify.loading import check_before_load, settle_after_load
 from sparsify.methods import Method, Updates
 
@@ -120,7 +120,7 @@ class Updater(nn.Module):
         """
         if self._attached:
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
-        self._check_attach(optimizers, total_steps)
+        check_attach(self._model[0], self.method.updates, optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
             warnings.warn(
                 f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.",
@@ -161,28 +161,6 @@ class Updater(nn.Module):
         for handle in self._load_hooks:
             handle.remove()
         del self._model[0].updater
-
-    def _check_attach(self, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-            raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
-        if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
-            raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
-        if len(set(optimizers)) < len(optimizers):
-            raise ValueError("attach() was given the same optimizer twice.")
-        updates = self.method.updates
-        if updates and updates.interval >= updates.end_fraction * total_steps:
-            raise ValueError(
-                f"No update would ever run: interval={updates.interval} is not below end_fraction * total_steps = "
-                f"{updates.end_fraction * total_steps:g}. Lower the interval or train longer; method='static' never updates."
-            )
-        own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
-        weights = {name: self._model[0].get_parameter(name) for name in masks_of(self._model[0])}
-        if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
-            raise ValueError(
-                f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), "
-                f"which returns a copy), pass all of them to one attach(), or freeze the weight (requires_grad_(False))."
-            )
 
     def _is_exposed(self, name: str) -> bool:
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
