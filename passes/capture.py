@@ -67,7 +67,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
+        if self.is_leaf_module(m, path) or type(m).forward is nn.Sequential.forward:  # which has no effects of its own
             return super().call_module(m, forward, args, kwargs)
         last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m, self.rng)
         try:

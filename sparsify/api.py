@@ -232,11 +232,16 @@ def _draw(model: nn.Module, sites: Sequence[Site], densities: Mapping[str, float
         if site.name in densities:
             weight = model.get_parameter(site.name)
             count = kept(densities[site.name], site.size)
-            mask = torch.empty_like(weight, dtype=torch.bool)
-            if not weight.is_meta:
-                mask.copy_(random_mask(site.shape, count, seed, site.name))
-            masks[site.name] = Mask(mask, count)
+            masks[site.name] = Mask(_mask_like(weight, site, count, seed), count)
     return masks
+
+
+def _mask_like(weight: torch.Tensor, site: Site, count: int, seed: int) -> torch.Tensor:
+    """Draw a mask with the device and strides of its weight."""
+    if weight.is_meta:
+        return torch.empty_like(weight, dtype=torch.bool)
+    mask = random_mask(site.shape, count, seed, site.name).to(weight.device)
+    return mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
 
 def _keep_weights(model: nn.Module, sites: Sequence[Site]) -> None:
