@@ -75,7 +75,7 @@ class _Tracer(fx.Tracer):
             if before.difference(m) is None:
                 return result
         except Exception:
-            pass
+            pass  # whatever the user's code raises on a Proxy: `trace` goes on inside this module and says why
         before.restore(m)
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -187,25 +187,32 @@ def _trace_region(module: nn.Module) -> Region | str:
                 vars(child)["training"] = mode
             graphs[mode] = _without_unread_attributes(_Tracer(before.rng).trace(module))
     except Exception as error:
+        _undo_writes(inside)
         before.restore(module)
         return f"{type(error).__name__}: {error}"
     constants = {k: v for k, v in vars(module).items() if k not in before.attributes and isinstance(v, torch.Tensor)}
     for name in constants:
         delattr(module, name)
     vars(module)["training"] = before.attributes["training"]
-    reason = before.difference(module)
-    for path, child, attributes in inside:
-        vars(child)["training"] = attributes["training"]
-        if any(vars(child).get(k) is not v for k, v in attributes.items()) or len(vars(child)) != len(attributes):
-            vars(child).clear()
-            vars(child).update(attributes)
-            reason = reason or f"writes an attribute of its child {path!r}"
-    if reason:
+    if reason := _undo_writes(inside) or before.difference(module):
         before.restore(module)
         return reason
     if _facts(graphs[True]) == _facts(graphs[False]):
         graphs[False] = graphs[True]
     return Region(graphs, constants)
+
+
+def _undo_writes(inside: list[tuple[str, nn.Module, dict[str, Any]]]) -> str | None:
+    """Give the modules inside a region their attributes back, and say which had been written to."""
+    reason = None
+    for path, module, attributes in inside:
+        now = vars(module)
+        now["training"] = attributes["training"]
+        if len(now) != len(attributes) or any(now.get(k) is not v for k, v in attributes.items()):
+            now.clear()
+            now.update(attributes)
+            reason = reason or f"writes an attribute of its child {path!r}"
+    return reason
 
 
 def _facts(graph: fx.Graph) -> list[tuple[str, ...]]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from passes.capture import Capture, called_modules, is_builtin
 
@@ -223,12 +222,9 @@ def _composite_weights(leaf: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
     """Weights that a torch.nn module reads in its own way: nn.LSTM, nn.TransformerEncoderLayer, parametrized layers."""
     if not is_builtin(leaf) or any(leaf_weights(leaf)):
         return
-    if isinstance(leaf, (nn.RNNBase, nn.RNNCellBase)) or parametrize.is_parametrized(leaf):
+    if isinstance(leaf, (nn.RNNBase, nn.RNNCellBase, *(cls for cls, _, _ in _LEAF_WEIGHTS))):
         weights = [p for p in leaf.parameters() if p.dim() >= 2]
     else:
         weights = [w for child in leaf.modules() for w, _ in leaf_weights(child)]
-        weights += [
-            p for cls, _, _ in _LEAF_WEIGHTS if isinstance(leaf, cls) for p in leaf.parameters() if p.dim() >= 2
-        ]
     for weight in weights:
         yield weight, f"torch.nn.{type(leaf).__name__} reads it in code of its own"
