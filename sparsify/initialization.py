@@ -33,7 +33,7 @@ def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> 
     size = torch.Size(shape).numel()
     if nonzeros == size:
         return torch.ones(shape, dtype=torch.bool)
-    bits = np.random.PCG64(np.random.SeedSequence([seed % 2**63, zlib.crc32(name.encode())]))
+    bits = np.random.SFC64(np.random.SeedSequence([seed % 2**63, zlib.crc32(name.encode())]))
     mask = np.empty(size, dtype=bool)
     for start in range(0, size, _CHUNK):
         part = mask[start : start + _CHUNK]
@@ -41,9 +41,7 @@ def random_mask(shape: tuple[int, ...], nonzeros: int, seed: int, name: str) -> 
     while surplus := int(np.count_nonzero(mask)) - nonzeros:
         wrong = surplus > 0  # the value that too many positions have
         share = (nonzeros if wrong else size - nonzeros) / size
-        drawn = bits.random_raw(int(abs(surplus) / share) + 16) % size
-        first = np.sort(np.unique(drawn, return_index=True)[1])
-        drawn = drawn[first]
+        drawn = bits.random_raw(int(abs(surplus) / share) + 16) % size  # one drawn twice leaves work for another round
         mask[drawn[mask[drawn] == wrong][: abs(surplus)]] = not wrong
     return torch.from_numpy(mask).view(shape)
 
