@@ -20,10 +20,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Tell whether a graph keeps `module` whole: its forward is torch.nn's own, and it is not an nn.Sequential."""
-    return type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+    """Tell whether a graph keeps `module` whole: all the code it runs on weights is torch.nn's, and it is no nn.Sequential.
+
+    An nn.TransformerEncoder of layers that the user wrote is none.
+    """
+    own = type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
         module, nn.Sequential
     )
+    return own and all(is_builtin(c) or next(c.parameters(), None) is None for c in module.children())
 
 
 def is_called_whole(module: nn.Module) -> bool:
@@ -119,10 +123,17 @@ class Region:
 
 @dataclass(frozen=True)
 class Capture:
-    """What `trace` found: `regions` by module path, and for every module kept as Python code the reason."""
+    """What `trace` found, by module path.
+
+    Attributes:
+        regions: the modules that are graphs.
+        opaque: the modules that stay Python code, each with the reason.
+        leaves: torch.nn's own modules that such code calls and that are no graphs either, such as nn.GRU.
+    """
 
     regions: dict[str, Region]
     opaque: dict[str, str]
+    leaves: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module) -> Capture:
@@ -147,6 +158,7 @@ def trace(model: nn.Module) -> Capture:
     """
     regions: dict[str, Region] = {}
     opaque: dict[str, str] = {}
+    leaves: list[str] = []
     seen: set[nn.Module] = set()
 
     def visit(path: str, module: nn.Module) -> None:
@@ -154,7 +166,10 @@ def trace(model: nn.Module) -> Capture:
             return
         seen.add(module)
         traced = _trace_region(module)
-        if isinstance(traced, str):
+        if isinstance(traced, str) and is_builtin(module):
+            leaves.append(path)
+            inside = []
+        elif isinstance(traced, str):
             opaque[path] = traced
             inside = [name for name, _ in module.named_children()]
         else:
@@ -166,7 +181,7 @@ def trace(model: nn.Module) -> Capture:
 
     with _modes_kept(model):
         visit("", model)
-    return Capture(regions, opaque)
+    return Capture(regions, opaque, tuple(leaves))
 
 
 def called_modules(module: nn.Module, graphs: dict[bool, fx.Graph]) -> list[tuple[str, nn.Module]]:

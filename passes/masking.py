@@ -7,7 +7,7 @@ through a `call_module weight_mask` node on its way to the consumer.
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -136,14 +136,20 @@ class MaskedLeaf(nn.Module):
                 owner = self.get_submodule(path) if path else self
                 weight = owner._parameters[attribute]
                 parameters.append((owner, attribute, weight))
-                owner._parameters[attribute] = getattr(owner, f"{attribute}_mask")(weight)
+                _replace(owner, attribute, getattr(owner, f"{attribute}_mask")(weight))
             return super().forward(*args, **kwargs)
         finally:
             for owner, attribute, weight in parameters:
-                owner._parameters[attribute] = weight
+                _replace(owner, attribute, weight)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_masked, (leaf_class(self),), self.__getstate__()
+
+
+def _replace(owner: nn.Module, attribute: str, weight: Any) -> None:
+    owner._parameters[attribute] = weight
+    if isinstance(owner, nn.RNNBase):  # which reads its weights from a list beside its parameters
+        owner._flat_weights[owner._flat_weights_names.index(attribute)] = weight
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:
@@ -199,9 +205,11 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         with torch.no_grad():
             zero_dropped_(weight, mask.mask)
         mask.train(model.training)
+    for path in capture.leaves:
+        _mask_leaf(model.get_submodule(path), by_weight)
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
-        hidden = dict(_mask_leaves(module, region.graphs, by_weight))
+        hidden = {target for target, leaf in called_modules(module, region.graphs) if _mask_leaf(leaf, by_weight)}
         for graph in dict.fromkeys(region.graphs.values()):
             _mask_reads(module, graph, by_weight)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
@@ -209,15 +217,15 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
     return model
 
 
-def _mask_leaves(
-    module: nn.Module, graphs: dict[bool, fx.Graph], masks: Mapping[nn.Parameter, Mask]
-) -> Iterator[tuple[str, nn.Module]]:
-    for target, leaf in called_modules(module, graphs):
-        names = tuple(name for name, p in leaf.named_parameters() if p in masks)
-        if is_builtin(leaf) and names and not isinstance(leaf, MaskedLeaf):
-            leaf.__class__ = _masked_class(type(leaf))
-            vars(leaf)["_masked"] = names
-            yield target, leaf
+def _mask_leaf(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
+    """Make a torch.nn module run with its weights masked, and tell whether it has any."""
+    if not is_builtin(leaf):
+        return False
+    names = tuple(name for name, p in leaf.named_parameters() if p in masks)
+    if names and not isinstance(leaf, MaskedLeaf):
+        leaf.__class__ = _masked_class(type(leaf))
+        vars(leaf)["_masked"] = names
+    return bool(names)
 
 
 def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:

@@ -4,9 +4,10 @@ A weight is what the operand of a convolution or a matrix product is, wherever i
 called whole, or as an argument of a function. The search starts at the consumers and walks back through views.
 """
 
+import fnmatch
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import fx, nn
 
 from passes.capture import Capture, called_modules, is_builtin
 
-# The weights that torch.nn's modules multiply by: (class, op, names of its weights).
+# The weights that torch.nn's modules multiply by: (class, op, fnmatch patterns of their names).
 _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (
     (nn.modules.conv._ConvTransposeNd, "conv_transpose", ("weight",)),
     (nn.modules.conv._ConvNd, "conv", ("weight",)),
@@ -27,6 +28,8 @@ _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (
         "attention",
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
     ),
+    (nn.RNNBase, "recurrent", ("weight_*",)),  # every layer and direction: weight_ih_l0, weight_hh_l0, weight_hr_l0
+    (nn.RNNCellBase, "recurrent", ("weight_*",)),
 )
 
 # Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
@@ -110,6 +113,9 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
                     uses.append(use)
                 if problem:
                     broken[weight] = problem
+    for path in capture.leaves:
+        for _, weight, op in leaf_weights(model.get_submodule(path)):
+            found.setdefault(weight, []).append(Use(path, "", op, _out_dim(op)))
     for weight, use, problem in _opaque_weights(model, capture):
         if weight not in found:
             found[weight], broken[weight] = [use], problem
@@ -117,29 +123,39 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
     return tuple(Site(name, i, tuple(p.shape), tuple(found[p]), broken.get(p, "")) for i, (name, p) in enumerate(names))
 
 
-def leaf_weights(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield the weights that a torch.nn module multiplies by when it is called, with the operation."""
-    for cls, op, names in _LEAF_WEIGHTS:
-        if isinstance(module, cls) and is_builtin(module):
-            for name in names:
-                path, _, attribute = name.rpartition(".")
-                weight = module.get_submodule(path)._parameters.get(attribute)
-                if weight is not None:
-                    yield weight, op
+def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Yield the weights that a torch.nn module multiplies by when it is called: (name inside it, weight, operation).
+
+    Those of a composite such as nn.TransformerEncoderLayer, whose fast path reads the weights of its children itself, are
+    those of its children.
+    """
+    if not is_builtin(module):
+        return
+    for cls, op, patterns in _LEAF_WEIGHTS:
+        if isinstance(module, cls):
+            for name, weight in module.named_parameters():
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                    yield name, weight, op
             return
+    for path, child in module.named_children():
+        yield from ((f"{path}.{name}", weight, op) for name, weight, op in leaf_weights(child))
 
 
 def _region_uses(module: nn.Module, path: str, graph: fx.Graph) -> Iterator[tuple[nn.Parameter, Use, str]]:
     for node in graph.nodes:
         if node.op == "call_module":
-            for weight, op in leaf_weights(module.get_submodule(str(node.target))):
-                yield weight, Use(path, node.name, op, {"conv_transpose": 1, "attention": 0}.get(op, 0)), ""
+            for _, weight, op in leaf_weights(module.get_submodule(str(node.target))):
+                yield weight, Use(path, node.name, op, _out_dim(op)), ""
         elif node.op in ("call_function", "call_method"):
             for operand, op, out_dim in _weight_operands(node):
                 weights, through = _resolve(module, operand)
                 problem = f"it passes through {', '.join(through)} before {op}" if through else ""
                 for weight in weights:
                     yield weight, Use(path, node.name, op, out_dim if operand.op == "get_attr" else None), problem
+
+
+def _out_dim(op: str) -> int:
+    return 1 if op == "conv_transpose" else 0
 
 
 def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]:
@@ -207,24 +223,27 @@ def _view_name(node: fx.Node) -> str:
 
 
 def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Parameter, Use, str]]:
-    """Yield the weights that Python code reads which no graph shows: of opaque modules, and of torch.nn's composites."""
+    """Yield the weights that Python code reads which no graph shows: of opaque modules, and of torch.nn's own."""
     for path, reason in capture.opaque.items():
         for name, weight in model.get_submodule(path).named_parameters(path, recurse=False):
             if weight.dim() >= 2:
                 yield weight, Use(path, name, "python", None), f"it is read in Python code outside the graph ({reason})"
+    leaves = [(path, model.get_submodule(path)) for path in capture.leaves]
     for path, region in capture.regions.items():
-        for target, leaf in called_modules(model.get_submodule(path), region.graphs):
-            for weight, what in _composite_weights(leaf):
-                yield weight, Use(path, target, type(leaf).__name__, None), what
+        leaves += called_modules(model.get_submodule(path), region.graphs)
+    for path, leaf in leaves:
+        for weight in _unknown_weights(leaf):
+            yield (
+                weight,
+                Use(path, "", type(leaf).__name__, None),
+                f"torch.nn.{type(leaf).__name__} reads it in its own way",
+            )
 
 
-def _composite_weights(leaf: nn.Module) -> Iterable[tuple[nn.Parameter, str]]:
-    """Weights that a torch.nn module reads in its own way: nn.LSTM, nn.TransformerEncoderLayer, parametrized layers."""
-    if not is_builtin(leaf) or any(leaf_weights(leaf)):
-        return
-    if isinstance(leaf, (nn.RNNBase, nn.RNNCellBase, *(cls for cls, _, _ in _LEAF_WEIGHTS))):
-        weights = [p for p in leaf.parameters() if p.dim() >= 2]
-    else:
-        weights = [w for child in leaf.modules() for w, _ in leaf_weights(child)]
-    for weight in weights:
-        yield weight, f"torch.nn.{type(leaf).__name__} reads it in code of its own"
+def _unknown_weights(leaf: nn.Module) -> list[nn.Parameter]:
+    """Weights of a torch.nn module that is known to multiply, but not by these: a parametrized layer's original."""
+    if not is_builtin(leaf):
+        return []
+    multiplying = tuple(cls for cls, _, _ in _LEAF_WEIGHTS)
+    inside = {p: None for m in leaf.modules() if isinstance(m, multiplying) for p in m.parameters() if p.dim() >= 2}
+    return [p for p in inside if p not in {weight for _, weight, _ in leaf_weights(leaf)}]

@@ -109,7 +109,7 @@ _OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
 def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
     masks = masks_of(model)
     rules: dict[str, str] = getattr(model._modules.get("updater"), "rules", {})
-    hidden = {w: op for module in model.modules() for w, op in leaf_weights(module)}
+    hidden = {w: op for module in model.modules() for _, w, op in leaf_weights(module)}
     rows = []
     for name, weight in model.named_parameters():
         if weight.dim() < 2 or not (name in macs or name in masks or name in rules or weight in hidden):
