@@ -4,7 +4,7 @@ from passes.capture import Capture, trace
 from passes.captured import Captured, graphs, install
 from passes.fold import fold_
 from passes.masking import Mask, mask_weights, masks_of
-from passes.shapes import run_on_meta
+from passes.shapes import record
 from passes.sites import Site, find_sites
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "install",
     "mask_weights",
     "masks_of",
-    "run_on_meta",
+    "record",
     "trace",
 ]

@@ -165,7 +165,7 @@ def trace(model: nn.Module) -> Capture:
         if module in seen or next(module.parameters(), None) is None:
             return
         seen.add(module)
-        traced = _trace_region(module)
+        traced = _why_not(module, path) or _trace_region(module)
         if isinstance(traced, str) and is_builtin(module):
             leaves.append(path)
             inside = []
@@ -190,10 +190,20 @@ def called_modules(module: nn.Module, graphs: dict[bool, fx.Graph]) -> list[tupl
     return [(target, module.get_submodule(target)) for target in targets]
 
 
-def _trace_region(module: nn.Module) -> Region | str:
-    """Trace one module in both modes, or say why it cannot be."""
+def _why_not(module: nn.Module, path: str) -> str | None:
+    """Say why one graph cannot stand for a module, before it is traced: nobody knows with which arguments it is called."""
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    optional = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if optional and (path or len(required) < 2):  # of which `self` is one
+        return f"which of its optional arguments it gets is not known ({', '.join(optional)})"
+    return None
+
+
+def _trace_region(module: nn.Module) -> Region | str:
+    """Trace one module in both modes, or say why it cannot be."""
     before, graphs = Snapshot.of(module, rng_state()), {}
     inside = [(path, child, dict(vars(child))) for path, child in module.named_modules() if path]
     try:

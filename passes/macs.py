@@ -113,7 +113,7 @@ def count(operation: Operation) -> Count:
     """Count one operation.
 
     Args:
-        operation: as `passes.shapes.run_on_meta` recorded it.
+        operation: as `passes.shapes.record` recorded it.
 
     Returns:
         Its cost, empty where there is no counter.

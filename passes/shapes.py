@@ -1,11 +1,12 @@
-"""Shapes: what a model computes on inputs of a given shape, found on the meta device without data.
+"""Shapes: what a model computes on inputs of a given shape, found on the meta device without data where that is possible.
 
 A copy of the model's structure runs on meta tensors under a dispatch mode, which sees every aten operation of every kind
 of model: captured or not, opaque functions included. The model itself, its hooks, buffers and generators are not touched.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,52 +34,89 @@ class Operation:
     region: str = ""  # path of that node's region
 
 
-def run_on_meta(model: nn.Module, inputs: Sequence[Any]) -> list[Operation]:
-    """List the operations of one forward pass in evaluation mode.
+@dataclass(frozen=True)
+class Record:
+    """The operations of one forward pass, in order."""
+
+    operations: list[Operation]
+    measured: bool  # whether the pass ran on the example data itself, because shapes depend on it
+
+
+def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Record:
+    """List the operations of one forward pass in evaluation mode, from shapes alone wherever that is possible.
+
+    Where shapes depend on data (the boxes that a detector keeps), the pass runs on the inputs themselves, if they are real.
 
     Args:
         model: any module, on any device.
-        inputs: the positional arguments of forward; of tensors only shape and dtype matter.
+        args: the positional arguments of forward.
+        kwargs: the keyword arguments of forward.
 
     Returns:
-        The operations in order.
+        The operations, and whether they were measured on data.
 
     Raises:
-        ValueError: the inputs do not fit; the message names the node and the module that refused them.
+        ValueError: the inputs do not fit, the message naming the node and the module that refused them; or shapes depend
+            on data and there is none.
 
     Example:
-        >>> [op.name for op in run_on_meta(nn.Linear(2, 3), (torch.empty(1, 2),))]
+        >>> [op.name for op in record(nn.Linear(2, 3), (torch.empty(1, 2),)).operations]
         ['aten.t', 'aten.addmm']
     """
-    shadow, recorder = _meta_copy(model), _Recorder()
+    inputs = (tuple(args), dict(kwargs or {}))
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    recorder = _Recorder()
+    try:
+        empty = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
+        _run(_shadow(model, meta=True), recorder, empty)
+        return Record(recorder.operations, measured=False)
+    except Exception as error:
+        failure: Exception = error
+    real = not any(t.is_meta for t in [*tensors, *model.parameters(), *model.buffers()])
+    if real:
+        recorder = _Recorder()
+        try:
+            _run(_shadow(model, meta=False), recorder, pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+            return Record(recorder.operations, measured=True)
+        except Exception as error:
+            failure = error
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+    reason = str(failure).partition("\n")[0]
+    if not real and _needs_data(failure):
+        raise ValueError(
+            f"What the model computes depends on data, at {recorder.where()} ({reason}). Give example inputs with values, "
+            f"such as torch.rand(...), and a model that is not on the meta device."
+        ) from failure
+    raise ValueError(f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}") from failure
+
+
+def _needs_data(error: Exception) -> bool:
+    """Tell whether an operation failed because meta tensors have no values: torch has no one exception for it."""
+    phrases = ("meta tensor", "meta backend", "'Meta'", "data-dependent", "data dependent", "data-independent", "meta device")
+    return any(phrase in str(error) for phrase in phrases)
+
+
+def _run(shadow: nn.Module, recorder: "_Recorder", inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     for name, weight in shadow.named_parameters():
         if weight.dim() >= 2:  # the bias of an addmm is not its weight
             recorder.owners[_storage(weight)] = name
     recorder.watch(shadow)
-    arguments = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), tuple(inputs))
-    with preserve_rng(), torch.enable_grad():  # with gradients, attention does not take its opaque fast path
-        try:
-            with recorder:
-                shadow(*arguments)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}"
-            ) from error
-    return recorder.operations
+    args, kwargs = inputs
+    with preserve_rng(), torch.enable_grad(), recorder:  # with gradients, attention does not take its opaque fast path
+        shadow(*args, **kwargs)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's structure to the meta device, in evaluation mode and without hooks; tied weights stay tied.
+def _shadow(model: nn.Module, meta: bool) -> nn.Module:
+    """Copy a model's structure, in evaluation mode and without hooks; tied weights stay tied.
 
-    Masks become nn.Identity: shapes do not depend on them, and the weight behind them stays recognisable.
+    On the meta device, or around the model's own parameters. Masks become nn.Identity: weights are kept masked, and the
+    weight behind them stays recognisable.
     """
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.is_floating_point()) if meta else p
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
+        memo[id(b)] = torch.empty_like(b, device="meta") if meta else b.clone()
     for module in model.modules():
         memo |= {
             id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or (isinstance(v, dict) and not v)
@@ -107,7 +145,7 @@ class _Recorder(TorchDispatchMode):
             module.register_forward_hook(lambda m, args, out: self._modules.pop() and None)
             if isinstance(module, Captured):
                 interpreter = _Interpreter(self, path, module)
-                vars(module)["_forwards"] = {False: lambda _, *args, run=interpreter.run: run(*args)}
+                vars(module)["_forwards"] = {False: interpreter.forward}
 
     @contextmanager
     def at(self, region: str, node: str) -> Iterator[None]:
@@ -123,7 +161,7 @@ class _Recorder(TorchDispatchMode):
         return ", ".join(places) or "its forward"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = _batch_norm(*args) if func in _BATCH_NORMS else func(*args, **(kwargs or {}))
+        output = _batch_norm(*args) if func in _BATCH_NORMS and args[0].is_meta else func(*args, **(kwargs or {}))
         outputs = [output] if isinstance(output, Tensor) else output if isinstance(output, (tuple, list)) else []
         region, node = self._nodes[-1]
         self.operations.append(
@@ -145,7 +183,12 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, recorder: _Recorder, path: str, module: Captured) -> None:
         super().__init__(module)
-        self.recorder, self.path = recorder, path
+        self.recorder, self.path, self.signature = recorder, path, module._forwards[False]
+
+    def forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on what its generated code would take."""
+        bound = inspect.signature(self.signature).bind(None, *args, **kwargs)
+        return self.run(*list(bound.arguments.values())[1:])
 
     def run_node(self, n: fx.Node) -> Any:
         with self.recorder.at(self.path, n.name):

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.macs import count
 from passes.masking import Mask, masks_of
-from passes.shapes import Operation, run_on_meta
+from passes.shapes import Operation, record
 from passes.sites import leaf_weights
 from sparsify.report import FlopReport, Layer
 
@@ -21,7 +22,9 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
 
     Args:
         model: any module, sparsified or dense, on any device including meta.
-        inputs: what forward takes: a tensor, a tuple of tensors, or one input shape such as (1, 3, 224, 224).
+        inputs: what forward takes: a tensor, a tuple of arguments, a dict of keyword arguments, a list of tensors that is
+            one argument (a detector's images), or one input shape such as (1, 3, 224, 224). Where shapes depend on data,
+            a copy of the model runs on these inputs and the report is marked as measured.
 
     Returns:
         A report; `print` shows it as a table.
@@ -35,16 +38,16 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         >>> report.dense_macs == 3 * 8 * 9 * 36 + 288 * 10
         True
     """
-    arguments = arguments_of(model, inputs)
-    operations = run_on_meta(model, arguments)
-    products, macs, other, uncounted = _tally(operations)
+    args, kwargs = arguments_of(model, inputs)
+    run = record(model, args, kwargs)
+    products, macs, other, uncounted = _tally(run.operations)
     layers = (*_weight_layers(model, macs), *products)
     method = getattr(model._modules.get("updater"), "method", None)
     dense, sparse = sum(x.dense_macs for x in layers), sum(x.sparse_macs for x in layers)
     ratio = sparse / dense if dense else 1.0
     return FlopReport(
         type(model).__name__,
-        tuple(tuple(t.shape) for t in arguments if isinstance(t, Tensor)),
+        tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
         method.name if method else "none",
         layers,
         *_bytes(model),
@@ -52,22 +55,26 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         method.exact_training_ratio(ratio) if method else 1.0,
         other,
         uncounted,
+        run.measured,
     )
 
 
-def arguments_of(model: nn.Module, inputs: Any) -> tuple[Any, ...]:
-    """Turn what users pass as `inputs` into the positional arguments of forward."""
+def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn what users pass as `inputs` into the positional and the keyword arguments of forward."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"flop_report() takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(inputs, Tensor):
-        return (inputs,)
     if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) and n > 0 for n in inputs):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),)
-    if isinstance(inputs, tuple) and any(isinstance(t, Tensor) for t in inputs):
-        return inputs
+        return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),), {}
+    if isinstance(inputs, (Tensor, tuple, list, dict)) and any(
+        isinstance(t, Tensor) for t in pytree.tree_leaves(inputs)
+    ):
+        if isinstance(inputs, dict):
+            return (), inputs
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
     raise TypeError(
-        f"inputs={inputs!r} must be a tensor, a tuple of tensors, or one input shape such as (1, 3, 224, 224)."
+        f"inputs={inputs!r} must be a tensor, a tuple of arguments, a dict of keyword arguments, a list of tensors that is "
+        f"one argument, or one input shape such as (1, 3, 224, 224)."
     )
 
 

@@ -55,6 +55,7 @@ class FlopReport:
     exact_training_ratio: float
     other_flops: int = 0
     uncounted: dict[str, int] = field(default_factory=dict)
+    measured: bool = False  # on the given data, because shapes depend on it
 
     @property
     def dense_macs(self) -> int:
@@ -126,6 +127,8 @@ class FlopReport:
             f"{_short(self.dense_bytes)}B; masks at 1 bit per weight included)",
             f"apart:     {_short(self.other_flops)} FLOPs in norms, pooling and resizing, as fvcore counts them",
         ]
+        if self.measured:
+            lines.append("measured:  shapes depend on data in this model, so the MACs are those of these inputs")
         if dead := sum(layer.dead_outputs for layer in self.layers):
             lines.append(f"dead:      {dead:,} output channels keep no input")
         if self.uncounted:

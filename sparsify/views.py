@@ -12,7 +12,7 @@ from torch import fx, nn
 from passes.captured import Captured
 from passes.macs import count
 from passes.masking import Mask, masks_of
-from passes.shapes import run_on_meta
+from passes.shapes import record
 from sparsify.flops import arguments_of
 
 
@@ -32,7 +32,7 @@ class NodeView:
 def _views(model: nn.Module, inputs: Any) -> list[NodeView]:
     macs: Counter[tuple[str, str]] = Counter()
     if inputs is not None:
-        for operation in run_on_meta(model, arguments_of(model, inputs)):
+        for operation in record(model, *arguments_of(model, inputs)).operations:
             macs[operation.region, operation.node] += count(operation).macs or 0
     views = []
     for region, module in model.named_modules():

@@ -81,7 +81,7 @@ def test_inputs_that_do_not_fit_name_the_node(shape: tuple) -> None:
         flop_report(sparsify(SmallNet(), 0.5), shape)
     with pytest.raises(ValueError, match="do not fit the model, at module 'conv1'"):
         flop_report(SmallNet(), shape)
-    with pytest.raises(TypeError, match="must be a tensor, a tuple of tensors"):
+    with pytest.raises(TypeError, match="must be a tensor, a tuple of arguments"):
         flop_report(SmallNet(), "1x3x8x8")
 
 
