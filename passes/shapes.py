@@ -92,7 +92,15 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 
 def _needs_data(error: Exception) -> bool:
     """Tell whether an operation failed because meta tensors have no values: torch has no one exception for it."""
-    phrases = ("meta tensor", "meta backend", "'Meta'", "data-dependent", "data dependent", "data-independent", "meta device")
+    phrases = (
+        "meta tensor",
+        "meta backend",
+        "'Meta'",
+        "data-dependent",
+        "data dependent",
+        "data-independent",
+        "meta device",
+    )
     return any(phrase in str(error) for phrase in phrases)
 
 

@@ -124,7 +124,7 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
         op, dense = macs.get(name, (hidden.get(weight, ""), 0))
         mask = masks.get(name)
         kept = mask.nonzeros if mask else weight.numel()
-        reason = "" if mask else rules.get(name, "replaced after sparsify" if rules or masks else "")
+        reason = "" if mask else rules.get(name, _why_unknown(model, name))
         status = "masked" if mask else "unsupported" if reason.startswith("unsupported") else "dense"
         rows.append(
             Layer(
@@ -141,6 +141,16 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
             )
         )
     return rows
+
+
+def _why_unknown(model: nn.Module, name: str) -> str:
+    """Say why a product reads a parameter that `sparsify` neither masked nor ruled out."""
+    updater = model._modules.get("updater")
+    if not isinstance(updater, nn.Module):
+        return ""
+    if name in getattr(updater, "replaced", ()):
+        return "replaced after sparsify"
+    return "a product reads it that no graph shows as a weight's, or its layer was added after sparsify"
 
 
 def _dead_outputs(mask: Mask | None, dim: int) -> int:

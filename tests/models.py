@@ -68,7 +68,7 @@ class WideResNet22(nn.Module):
         return self.fc(self.bn(self.blocks(self.conv(x))).relu().mean((2, 3)))
 
 
-ZOO = [name for name in models.list_models() if not name.startswith("quantized_")]
+ZOO = models.list_models()  # quantized names in their float form
 PYTHON_AT_THE_ROOT = ("rcnn", "retinanet", "fcos", "ssd", "raft")  # 14 detectors and flow networks
 WHOLE = [name for name in ZOO if not any(part in name for part in PYTHON_AT_THE_ROOT)]
 
