@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from passes.effects import Snapshot, rng_state
+from passes.operands import is_view
 
 _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,10 +24,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_builtin(module: nn.Module) -> bool:
     """Tell whether a graph keeps `module` whole: all the code it runs on weights is torch.nn's, and it is no nn.Sequential.
 
-    An nn.TransformerEncoder of layers that the user wrote is none.
+    An nn.TransformerEncoder of layers that the user wrote is none, nor is a parametrized layer: its graph shows how the
+    weight is made.
     """
-    own = type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
-        module, nn.Sequential
+    own = type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not (
+        isinstance(module, (nn.Sequential, ParametrizationList)) or is_parametrized(module)
     )
     return own and all(is_builtin(c) or next(c.parameters(), None) is None for c in module.children())
 
@@ -71,11 +74,13 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path) or type(m).forward is nn.Sequential.forward:  # which has no effects of its own
+        inside = self._gets_parameter(m, args, kwargs)
+        leaf = self.is_leaf_module(m, path) and not inside
+        if leaf or type(m).forward is nn.Sequential.forward:  # which has no effects of its own
             return super().call_module(m, forward, args, kwargs)
         last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m, self.rng)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = forward(*args, **kwargs) if inside else super().call_module(m, forward, args, kwargs)
             if before.difference(m) is None:
                 return result
         except Exception:
@@ -83,6 +88,15 @@ class _Tracer(fx.Tracer):
         before.restore(m)
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a user's module without parameters is given one: it may be a product made a module."""
+        nodes = [value.node for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
+        for i, node in enumerate(nodes):
+            while is_view(node):
+                node = nodes[i] = node.all_input_nodes[0]
+        hooked = any(getattr(m, hooks) for hooks in _HOOKS)
+        return any(node.op == "get_attr" for node in nodes) and not (is_builtin(m) or hooked)
 
     def _erase_after(self, last: fx.Node | None) -> None:
         while (node := next(iter(reversed(self.graph.nodes)), None)) is not last and node is not None:

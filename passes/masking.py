@@ -1,8 +1,8 @@
 """Masking: the one place that knows what a masked weight does, and the rewrite that masks a captured model.
 
-`Mask` owns one mask and its rule. A weight is reached in two ways: a torch.nn module that hides its weights becomes
+`Mask` owns one mask and its rule. A weight is reached in two ways: a module whose own code reads its weights becomes
 `Masked<class>`, which runs the original forward with its weights replaced; a weight that a graph reads itself goes
-through a `call_module weight_mask` node on its way to the consumer.
+through a `call_module weight_mask` node on its way to the consumer, and once more where it is transformed before use.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.capture import Capture, called_modules, is_builtin
+from passes.operands import reads
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20  # elements: the widened mask of one chunk takes 4 MB, and few chunks mean few waits for the threads
@@ -107,9 +108,16 @@ class Mask(nn.Module):
         """The kept fraction, in (0, 1]."""
         return self.nonzeros / self.mask.numel()
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight as its consumer must see it in the current mode."""
-        if not self.training:
+    def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
+        """Return the weight as its consumer must see it in the current mode.
+
+        Args:
+            weight: the parameter, or what was computed from it.
+            transformed: whether it was computed from it (standardised, normalised): nobody keeps such a value masked.
+        """
+        if transformed and self.training and self.dense_gradient:
+            return weight - torch.where(self.mask, 0, weight).detach()  # masked; its gradient is not
+        if transformed or not self.training:
             return torch.where(self.mask, weight, 0)
         return weight if self.dense_gradient else MaskGradient.apply(weight, self.mask)
 
@@ -207,10 +215,13 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         mask.train(model.training)
     for path in capture.leaves:
         _mask_leaf(model.get_submodule(path), by_weight)
+    for path in capture.opaque:
+        _mask_own(model.get_submodule(path), by_weight)
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
         hidden = {target for target, leaf in called_modules(module, region.graphs) if _mask_leaf(leaf, by_weight)}
         for graph in dict.fromkeys(region.graphs.values()):
+            _mask_transformed(module, graph, by_weight)
             _mask_reads(module, graph, by_weight)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
                 _rename_masked(node, node.name)
@@ -219,13 +230,31 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
 
 def _mask_leaf(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
     """Make a torch.nn module run with its weights masked, and tell whether it has any."""
-    if not is_builtin(leaf):
-        return False
-    names = tuple(name for name, p in leaf.named_parameters() if p in masks)
-    if names and not isinstance(leaf, MaskedLeaf):
-        leaf.__class__ = _masked_class(type(leaf))
-        vars(leaf)["_masked"] = names
+    return is_builtin(leaf) and _set_masked(leaf, tuple(name for name, p in leaf.named_parameters() if p in masks))
+
+
+def _mask_own(module: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
+    """Make a module whose Python code reads its own parameters run with them masked."""
+    _set_masked(module, tuple(name for name, p in module.named_parameters(recurse=False) if p in masks))
+
+
+def _set_masked(module: nn.Module, names: tuple[str, ...]) -> bool:
+    if names and not isinstance(module, MaskedLeaf):
+        module.__class__ = _masked_class(type(module))
+        vars(module)["_masked"] = names
     return bool(names)
+
+
+def _mask_transformed(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:
+    paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
+    values = {read.value: read.weight for read in reads(module, graph) if read.value and read.weight in masks}
+    for value, weight in values.items():
+        users = list(value.users)
+        with graph.inserting_after(value):
+            masked = graph.call_module(f"{paths[weight]}_mask", (value,), {"transformed": True})
+        _rename_masked(masked, value.name)
+        for user in users:
+            user.replace_input_with(value, masked)
 
 
 def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:

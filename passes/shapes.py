@@ -105,9 +105,7 @@ def _needs_data(error: Exception) -> bool:
 
 
 def _run(shadow: nn.Module, recorder: "_Recorder", inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    for name, weight in shadow.named_parameters():
-        if weight.dim() >= 2:  # the bias of an addmm is not its weight
-            recorder.owners[_storage(weight)] = name
+    recorder.know(shadow)
     recorder.watch(shadow)
     args, kwargs = inputs
     with preserve_rng(), torch.enable_grad(), recorder:  # with gradients, attention does not take its opaque fast path
@@ -117,7 +115,7 @@ def _run(shadow: nn.Module, recorder: "_Recorder", inputs: tuple[tuple[Any, ...]
 def _shadow(model: nn.Module, meta: bool) -> nn.Module:
     """Copy a model's structure, in evaluation mode and without hooks; tied weights stay tied.
 
-    On the meta device, or around the model's own parameters. Masks become nn.Identity: weights are kept masked, and the
+    On the meta device, or around the model's own parameters. Masks return what they get: weights are kept masked, and the
     weight behind them stays recognisable.
     """
     memo: dict[int, Any] = {}
@@ -130,11 +128,19 @@ def _shadow(model: nn.Module, meta: bool) -> nn.Module:
             id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or (isinstance(v, dict) and not v)
         }
         if isinstance(module, Mask):
-            memo[id(module)] = nn.Identity()
+            memo[id(module)] = _Unmasked()
     shadow = copy.deepcopy(model, memo)
     for module in shadow.modules():
         vars(module)["training"] = False
     return shadow
+
+
+class _Unmasked(nn.Module):
+    """Stands for a mask."""
+
+    def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
+        """Return the weight as it is."""
+        return weight
 
 
 class _Recorder(TorchDispatchMode):
@@ -143,8 +149,17 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.owners: dict[int, str] = {}  # storage: parameter name
+        self._owners: dict[int, str] = {}  # storage: name of the parameter whose elements it holds, perhaps transformed
+        self._static: dict[int, Tensor] = {}  # storage: parameters, buffers, and what is computed from them alone
+        self._sizes: dict[str, int] = {}
         self._modules, self._nodes = [""], [("", "")]
+
+    def know(self, model: nn.Module) -> None:
+        """Recognise the parameters and buffers of `model` wherever they are read."""
+        self._static = {_storage(t): t for t in (*model.parameters(), *model.buffers())}
+        weights = {name: p for name, p in model.named_parameters() if p.dim() >= 2}  # an addmm's bias is not its weight
+        self._owners = {_storage(p): name for name, p in weights.items()}
+        self._sizes = {name: p.numel() for name, p in weights.items()}
 
     def watch(self, model: nn.Module) -> None:
         """Follow which module and which node of `model` runs."""
@@ -171,19 +186,36 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = _batch_norm(*args) if func in _BATCH_NORMS and args[0].is_meta else func(*args, **(kwargs or {}))
         outputs = [output] if isinstance(output, Tensor) else output if isinstance(output, (tuple, list)) else []
+        tensors = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)]
+        if tensors and all(_storage(t) in self._static for t in tensors):
+            self._follow(str(func._overloadpacket), tensors, [o for o in outputs if isinstance(o, Tensor)])
         region, node = self._nodes[-1]
         self.operations.append(
             Operation(
                 str(func._overloadpacket),
                 tuple(_shape(a) for a in args),
                 tuple(o.shape for o in outputs if isinstance(o, Tensor)),
-                tuple(self.owners.get(_storage(a)) if isinstance(a, Tensor) else None for a in args),
+                tuple(self._owners.get(_storage(a)) if isinstance(a, Tensor) else None for a in args),
                 self._modules[-1],
                 node,
                 region,
             )
         )
         return output
+
+    def _follow(self, op: str, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Recognise what was computed from parameters alone; one as large as a weight is that weight, transformed."""
+        sources = [owner for t in tensors if (owner := self._owners.get(_storage(t)))]
+        for output in outputs:
+            if _storage(output) not in self._static:
+                self._static[_storage(output)] = output  # kept, so that no later tensor gets its storage
+                own = [name for name in sources if self._sizes[name] == output.numel()]
+                if own and op not in _TABLES:
+                    self._owners[_storage(output)] = own[0]
+
+
+# What reads a parameter as a table, whose rows are no weight (`passes.operands` goes by the same rule).
+_TABLES = frozenset(["aten.index", "aten.index_select", "aten.gather", "aten.embedding", "aten.take"])
 
 
 class _Interpreter(fx.Interpreter):

@@ -1,21 +1,18 @@
 """Sites: every place where a graph consumes a weight that can be masked.
 
 A weight is what the operand of a convolution or a matrix product is, wherever it is read: inside a torch.nn module that is
-called whole, or as an argument of a function. The search starts at the consumers and walks back through views.
+called whole, or as an argument of a function (`passes.operands`).
 """
 
 import fnmatch
-import inspect
-import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.capture import Capture, called_modules, is_builtin
+from passes.operands import reads
 
 # The weights that torch.nn's modules multiply by: (class, op, fnmatch patterns of their names).
 _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (
@@ -32,26 +29,6 @@ _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (
     (nn.RNNCellBase, "recurrent", ("weight_*",)),
 )
 
-# Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
-_CONV = {"weight": 1}
-_MATMUL = {"input": 0, "other": 1, "mat2": 1}
-_CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
-    F.linear: ("linear", {"weight": 1}, 0),
-    F.bilinear: ("bilinear", {"weight": 2}, 0),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
-    **{f: ("matmul", {"mat1": 1, "mat2": 2}, None) for f in (torch.addmm,)},
-    **{f: ("matmul", {"batch1": 1, "batch2": 2}, None) for f in (torch.baddbmm,)},
-    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
-}
-
-_VIEWS = frozenset(
-    """view reshape permute transpose swapaxes t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind
-    expand contiguous movedim moveaxis view_as reshape_as expand_as""".split()
-)
-_SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
-
 
 @dataclass(frozen=True)
 class Use:
@@ -67,14 +44,15 @@ class Use:
 class Site:
     """A weight that graphs consume: one per parameter, however often it is used.
 
-    `unsupported` says why the weight cannot be masked, and is empty where it can.
+    `problem` says why the weight is not to be masked and is empty where it can be. It begins with "table" (it is indexed
+    before it is used), "unsupported" or "unknown" (nobody knows whether its consumer multiplies by it).
     """
 
     name: str  # as named_parameters() gives it first
     index: int  # position among all weights, in named_parameters() order
     shape: tuple[int, ...]
     uses: tuple[Use, ...]
-    unsupported: str = ""
+    problem: str = ""
 
     @property
     def op(self) -> str:
@@ -87,15 +65,16 @@ class Site:
         return torch.Size(self.shape).numel()
 
 
-def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, capture: Capture, include: Collection[str] = ()) -> tuple[Site, ...]:
     """Find every weight that the model consumes, in either mode.
 
     Args:
         model: the module that `capture` was traced from.
         capture: what `passes.capture.trace` found.
+        include: names of parameters that are weights whatever reads them.
 
     Returns:
-        One site per weight of two or more dimensions, in `named_parameters()` order.
+        One site per weight of two or more dimensions and per included parameter, in `named_parameters()` order.
 
     Example:
         >>> from passes.capture import trace
@@ -104,7 +83,7 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
         [('0.weight', 'conv', (8, 3, 3, 3))]
     """
     found: dict[nn.Parameter, list[Use]] = {}
-    broken: dict[nn.Parameter, str] = {}
+    problems: dict[nn.Parameter, str] = {}
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
         for graph in dict.fromkeys(region.graphs.values()):
@@ -112,15 +91,21 @@ def find_sites(model: nn.Module, capture: Capture) -> tuple[Site, ...]:
                 if use not in (uses := found.setdefault(weight, [])):
                     uses.append(use)
                 if problem:
-                    broken[weight] = problem
+                    problems[weight] = problem
     for path in capture.leaves:
         for _, weight, op in leaf_weights(model.get_submodule(path)):
             found.setdefault(weight, []).append(Use(path, "", op, _out_dim(op)))
     for weight, use, problem in _opaque_weights(model, capture):
         if weight not in found:
-            found[weight], broken[weight] = [use], problem
-    names = [(name, p) for name, p in model.named_parameters() if p in found and p.dim() >= 2]
-    return tuple(Site(name, i, tuple(p.shape), tuple(found[p]), broken.get(p, "")) for i, (name, p) in enumerate(names))
+            found[weight], problems[weight] = [use], problem
+    sites = []
+    for name, weight in model.named_parameters():
+        if name in include:
+            uses = found.get(weight) or [Use("", "", "included", None)]
+            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses)))
+        elif weight in found and weight.dim() >= 2:
+            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(found[weight]), problems.get(weight, "")))
+    return tuple(sites)
 
 
 def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
@@ -146,80 +131,14 @@ def _region_uses(module: nn.Module, path: str, graph: fx.Graph) -> Iterator[tupl
         if node.op == "call_module":
             for _, weight, op in leaf_weights(module.get_submodule(str(node.target))):
                 yield weight, Use(path, node.name, op, _out_dim(op)), ""
-        elif node.op in ("call_function", "call_method"):
-            for operand, op, out_dim in _weight_operands(node):
-                weights, through = _resolve(module, operand)
-                problem = f"it passes through {', '.join(through)} before {op}" if through else ""
-                for weight in weights:
-                    yield weight, Use(path, node.name, op, out_dim if operand.op == "get_attr" else None), problem
+    for read in reads(module, graph):
+        where = f" at node {read.node.name!r}" + (f" of module {path!r}" if path else "")
+        problem = f"{read.problem}{where}" if read.problem.startswith("unknown") else read.problem
+        yield read.weight, Use(path, read.node.name, read.op, read.out_dim), problem
 
 
 def _out_dim(op: str) -> int:
     return 1 if op == "conv_transpose" else 0
-
-
-def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]:
-    """Yield the operands of a node that can be weights: (operand, op, dimension that indexes outputs)."""
-    if node.target is torch.einsum:
-        yield from ((operand, "einsum", None) for operand in node.all_input_nodes)
-        return
-    op, positions, out_dim = _CONSUMERS.get(node.target) or _opaque_function(node)
-    for name, position in positions.items():
-        operand = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-        if isinstance(operand, fx.Node):
-            yield operand, op, out_dim
-
-
-def _opaque_function(node: fx.Node) -> tuple[str, dict[str, int], int | None]:
-    """A Python function that fx does not look into (torchvision's shifted_window_attention): arguments named *weight."""
-    target: Any = node.target
-    if node.op != "call_function" or not inspect.isfunction(target) or target.__module__.startswith("passes."):
-        return "", {}, None
-    if target.__module__.startswith("torch.") and target is not F.multi_head_attention_forward:
-        return "", {}, None
-    names = inspect.signature(target).parameters
-    return target.__name__, {name: i for i, name in enumerate(names) if name.endswith("weight")}, 0
-
-
-def _resolve(module: nn.Module, operand: fx.Node) -> tuple[list[nn.Parameter], list[str]]:
-    """Walk back from a weight operand to its parameters.
-
-    Returns the parameters, and the names of what is not a view on the way; ([], []) for an activation.
-    """
-    node = operand
-    while is_view(module, node):
-        node = node.all_input_nodes[0]
-    parameters, through, pending = [], [], [node]
-    while pending:
-        node = pending.pop()
-        if node.op == "get_attr":
-            path, _, attribute = str(node.target).rpartition(".")
-            value = module.get_submodule(path)._parameters.get(attribute)
-            parameters += [] if value is None else [value]
-        elif node.op == "call_function" or node.op == "call_method":
-            if not is_view(module, node):
-                through.append(getattr(node.target, "__name__", str(node.target)))
-            pending += node.all_input_nodes
-        else:
-            return [], []
-    return parameters, through
-
-
-def is_view(module: nn.Module, node: fx.Node) -> bool:
-    """Tell whether a node only looks at its one input in another shape."""
-    if len(node.all_input_nodes) != 1:
-        return False
-    if node.op == "call_method":
-        return node.target in _VIEWS
-    if node.op != "call_function":
-        return False
-    if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
-        return _view_name(node.all_input_nodes[0]) in _SPLITS
-    return _view_name(node) in _VIEWS or (node.target is getattr and node.args[1] in ("T", "mT"))
-
-
-def _view_name(node: fx.Node) -> str:
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Parameter, Use, str]]:
@@ -227,7 +146,11 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
     for path, reason in capture.opaque.items():
         for name, weight in model.get_submodule(path).named_parameters(path, recurse=False):
             if weight.dim() >= 2:
-                yield weight, Use(path, name, "python", None), f"it is read in Python code outside the graph ({reason})"
+                yield (
+                    weight,
+                    Use(path, name, "python", None),
+                    f"unsupported: it is read in Python code outside the graph ({reason})",
+                )
     leaves = [(path, model.get_submodule(path)) for path in capture.leaves]
     for path, region in capture.regions.items():
         leaves += called_modules(model.get_submodule(path), region.graphs)
@@ -236,14 +159,14 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
             yield (
                 weight,
                 Use(path, "", type(leaf).__name__, None),
-                f"torch.nn.{type(leaf).__name__} reads it in its own way",
+                f"unsupported: torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does",
             )
 
 
 def _unknown_weights(leaf: nn.Module) -> list[nn.Parameter]:
-    """Weights of a torch.nn module that is known to multiply, but not by these: a parametrized layer's original."""
+    """Weights of a torch.nn module that is known to multiply, but not by these, or that others read from it."""
     if not is_builtin(leaf):
         return []
-    multiplying = tuple(cls for cls, _, _ in _LEAF_WEIGHTS)
+    multiplying = (nn.ParameterList, nn.ParameterDict, *(cls for cls, _, _ in _LEAF_WEIGHTS))
     inside = {p: None for m in leaf.modules() if isinstance(m, multiplying) for p in m.parameters() if p.dim() >= 2}
     return [p for p in inside if p not in {weight for _, weight, _ in leaf_weights(leaf)}]

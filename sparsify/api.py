@@ -34,6 +34,7 @@ def sparsify(
     flops: float | None = None,
     inputs: Any = None,
     exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
     init: str = "keep",
     seed: int = 0,
     inplace: bool = False,
@@ -51,8 +52,11 @@ def sparsify(
         distribution: "uniform", "er", "erk", or a function `(sites, density) -> {name: density}`.
         method: "rigl", "static", or a record such as `RigL(interval=50)`.
         flops: instead of `density`: the share of the dense inference FLOPs to keep, in (0, 1]; needs `inputs`.
-        inputs: for `flops`: what `flop_report` takes.
+        inputs: what `flop_report` takes; needed for `flops`. Where it is given, a run on its shapes proves that no product
+            reads a weight that was not found.
         exclude: fnmatch patterns of parameter names that stay dense.
+        include: fnmatch patterns of parameter names that are masked whatever reads them: embeddings, norm gains, weights of
+            operations that are not known.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
         seed: of the random masks.
@@ -64,7 +68,8 @@ def sparsify(
     Raises:
         TypeError: `model` is not a module.
         ValueError: an argument is out of range, unknown or contradictory; a pattern matches nothing; the model is sparse
-            already or has nothing to mask. Nothing was changed.
+            already or has nothing to mask; a parameter is consumed by an operation that is not known and is neither excluded
+            nor included. Nothing was changed.
 
     Example:
         >>> model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), density=0.25)
@@ -76,12 +81,19 @@ def sparsify(
     distribution = _resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = _resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     adapt_weights = _resolve(init, INITS, "init", lambda choice: False)
-    exclude = _patterns(exclude)
+    exclude, include = _patterns(exclude, "exclude"), _patterns(include, "include")
+    names = [name for name, _ in model.named_parameters()]
+    included = _matching(include, names, "include")
+    excluded = {
+        name: f"excluded by {pattern!r}" for pattern in exclude for name in _matching([pattern], names, "exclude")
+    }
 
     model = model if inplace else copy.deepcopy(model)
     capture = trace(model)
-    sites = find_sites(model, capture)
-    rules = _dense_by_rule(sites, exclude)
+    sites = find_sites(model, capture, included)
+    rules = _dense_by_rule(sites, excluded)
+    if inputs is not None:
+        _prove_coverage(model, {*excluded, *(site.name for site in sites)}, inputs)
     candidates = [site for site in sites if site.name not in rules]
     if flops is not None:
         density = _density_for(model, candidates, distribution, flops, inputs)
@@ -155,15 +167,16 @@ def _resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[
     return known[choice]
 
 
-def _dense_by_rule(sites: Sequence[Site], exclude: Sequence[str]) -> dict[str, str]:
+def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str]) -> dict[str, str]:
     if not sites:
         raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
-    _check_patterns(exclude, sites, "exclude")
-    rules = {s.name: f"unsupported: {s.unsupported}" for s in sites if s.unsupported}
-    for site in sites:
-        for pattern in exclude:
-            if fnmatch.fnmatchcase(site.name, pattern):
-                rules[site.name] = f"excluded by {pattern!r}"
+    rules = {s.name: excluded.get(s.name, s.problem) for s in sites if s.problem or s.name in excluded}
+    for name, why in rules.items():
+        if why.startswith("unknown"):
+            raise ValueError(
+                f"{name} may be a weight or not: {why.removeprefix('unknown: ')}. Keep it dense with exclude=[{name!r}], or "
+                f"mask it as it is read with include=[{name!r}]."
+            )
     if len(rules) == len(sites):
         raise ValueError(
             f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}"
@@ -171,25 +184,39 @@ def _dense_by_rule(sites: Sequence[Site], exclude: Sequence[str]) -> dict[str, s
     return rules
 
 
-def _patterns(exclude: Any) -> tuple[str, ...]:
-    exclude = (exclude,) if isinstance(exclude, str) or not isinstance(exclude, Iterable) else tuple(exclude)
-    if strange := [pattern for pattern in exclude if not isinstance(pattern, str)]:
-        raise ValueError(f"exclude takes fnmatch patterns of parameter names, not {strange[0]!r}.")
-    return exclude
+def _prove_coverage(model: nn.Module, known: set[str], inputs: Any) -> None:
+    """Raise if a product reads a parameter that is not known, wherever the code is that runs it."""
+    for layer in flop_report(model, inputs).layers:
+        if layer.dense_macs and layer.weight_shape and layer.name not in known:
+            raise ValueError(
+                f"{layer.name} is multiplied by ({layer.op}), but no graph shows that it is a weight. Keep it dense with "
+                f"exclude=[{layer.name!r}], or mask it as it is read with include=[{layer.name!r}]."
+            )
 
 
-def _check_patterns(patterns: Iterable[str], sites: Sequence[Site], what: str) -> None:
-    names = [site.name for site in sites]
+def _patterns(patterns: Any, what: str) -> tuple[str, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+    if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise ValueError(f"{what} takes fnmatch patterns of parameter names, not {strange[0]!r}.")
+    return patterns
+
+
+def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
+    """List the names that any of the patterns matches; each pattern must match one."""
+    matching = []
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
             hint = f"the nearest weight is {near[0]!r}" if near else f"weights are {', '.join(names[:5])}, ..."
             raise ValueError(f"{what}: pattern {pattern!r} matches no weight; {hint}.")
+        matching += matches
+    return matching
 
 
 def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -> dict[str, float]:
     if isinstance(density, Mapping):
-        _check_patterns(density, sites, "density")
+        _matching(density, [s.name for s in sites], "density")
         first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
         densities = {name: value for name, value in first.items() if value is not None}
     else:

@@ -89,7 +89,9 @@ def _tally(operations: list[Operation]) -> tuple[list[Layer], _Macs, int, dict[s
     for operation in operations:
         cost = count(operation)
         op = operation.name.removeprefix("aten.")
-        weight = next((w for w in operation.weights if w), None)
+        weight = next(
+            (w for w in reversed(operation.weights) if w), None
+        )  # a parameter times a weight is an activation
         if cost.macs is None:
             other += cost.other or 0
             uncounted[op] += cost.other is None and op not in _FREE
@@ -119,7 +121,7 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
     hidden = {w: op for module in model.modules() for _, w, op in leaf_weights(module)}
     rows = []
     for name, weight in model.named_parameters():
-        if weight.dim() < 2 or not (name in macs or name in masks or name in rules or weight in hidden):
+        if not (name in macs or name in masks or name in rules or (weight in hidden and weight.dim() >= 2)):
             continue
         op, dense = macs.get(name, (hidden.get(weight, ""), 0))
         mask = masks.get(name)

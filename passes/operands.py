@@ -1,0 +1,266 @@
+"""Operands: which parameters the nodes of a graph read, and as what.
+
+Values that are computed from parameters alone are followed from where a parameter is read to where they meet an activation.
+What they meet there decides: the operand of a convolution or product is a weight, an indexed one is a table, and what is
+added, normalized or concatenated is neither.
+"""
+
+import copy
+import functools
+import inspect
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+# Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
+_CONV = {"weight": 1}
+_MATMUL = {"input": 0, "other": 1, "mat2": 1}
+_CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
+    F.linear: ("linear", {"weight": 1}, 0),
+    F.bilinear: ("bilinear", {"weight": 2}, 0),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _CONV, 1)
+    ),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
+    **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": 1, "mat2": 2}, None)),
+    **dict.fromkeys((torch.baddbmm, torch.addbmm, "baddbmm"), ("matmul", {"batch1": 1, "batch2": 2}, None)),
+    torch.tensordot: ("matmul", {"a": 0, "b": 1}, None),
+}
+
+# Looks at the same elements in another shape or number format, in which 0 stays 0.
+_VIEWS = frozenset(
+    """view reshape permute transpose swapaxes swapdims t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind
+    expand contiguous movedim moveaxis view_as reshape_as expand_as broadcast_to to type type_as float half bfloat16 double
+    clone detach""".split()
+)
+_SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
+_INDEXING = frozenset(
+    """getitem index_select select narrow gather take take_along_dim embedding embedding_bag interpolate upsample
+    grid_sample""".split()
+)
+# Reads a parameter without multiplying activations by it along a dimension; whatever is elementwise need not be named.
+_READERS = _INDEXING | frozenset(
+    """cat concat concatenate stack hstack vstack dstack repeat repeat_interleave tile roll flip rot90 pad size dim numel
+    getattr layer_norm group_norm batch_norm instance_norm rms_norm local_response_norm normalize softmax log_softmax mean sum
+    prod amax amin max min norm vector_norm var std var_mean cumsum cumprod logsumexp dropout where masked_fill masked_select
+    index_add index_copy index_put scatter scatter_add masked_scatter copy_ broadcast_tensors meshgrid prelu
+    scaled_dot_product_attention setitem is_floating_point expect_default""".split()
+)
+_METADATA = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"])
+_ALIASES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A node that uses a parameter of two or more dimensions as a weight, or in a way that cannot be masked.
+
+    Attributes:
+        weight: the parameter.
+        node: the consumer.
+        op: the operation.
+        out_dim: the weight's dimension that indexes outputs, where it is known.
+        value: where the weight is transformed before use: the node that holds the result, in the weight's own shape.
+        problem: why the weight cannot be masked for this use, "" where it can. Begins with "table", "unsupported" or "unknown".
+    """
+
+    weight: nn.Parameter
+    node: fx.Node
+    op: str
+    out_dim: int | None = None
+    value: fx.Node | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """A value that is computed from parameters and constants alone."""
+
+    parameters: tuple[nn.Parameter, ...] = ()
+    through: tuple[str, ...] = ()  # what is no view on the way
+    indexed: bool = False
+
+    @property
+    def matrices(self) -> tuple[nn.Parameter, ...]:
+        return tuple(p for p in self.parameters if p.dim() >= 2)
+
+
+def reads(module: nn.Module, graph: fx.Graph) -> Iterator[Read]:
+    """Yield every node of a region's graph that consumes a parameter in an argument.
+
+    Weights that a called module holds itself are not among them.
+    """
+    derived: dict[fx.Node, _Derived] = {}
+    for node in graph.nodes:
+        value = _derive(module, node, derived)
+        if value is not None:
+            derived[node] = value
+        operands = list(_weight_operands(node))
+        for operand, op, out_dim in operands:
+            if (source := derived.get(operand)) and source.matrices:
+                yield from _weight_reads(module, node, operand, source, op, out_dim)
+        if value is None and not operands:
+            for operand in node.all_input_nodes:
+                if (source := derived.get(operand)) and not source.indexed and (problem := _problem(module, node)):
+                    yield from (Read(p, node, _name(node), problem=problem) for p in source.matrices)
+
+
+def _weight_reads(
+    module: nn.Module, node: fx.Node, operand: fx.Node, source: _Derived, op: str, out_dim: int | None
+) -> Iterator[Read]:
+    steps = ", ".join(source.through)
+    if source.indexed:
+        problem = f"table: it is indexed ({steps}) before {op}"
+    elif not source.through:
+        for weight in source.matrices:
+            yield Read(weight, node, op, out_dim if operand.op == "get_attr" else None)
+        return
+    else:
+        found = _in_own_shape(module, operand, source)
+        if len(found) == 1:
+            yield Read(found[0][0], node, op, out_dim if found[0][1] is operand else None, found[0][1])
+            return
+        what = "combines it with another of its shape" if found else "changes its shape"
+        problem = f"unsupported: it passes through {steps} before {op}, which {what}"
+    for weight in source.matrices:
+        yield Read(weight, node, op, problem=problem)
+
+
+def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) -> _Derived | None:
+    """Say what a node's value is computed from, or None if an activation is part of it."""
+    if node.op == "get_attr":
+        path, _, attribute = str(node.target).rpartition(".")
+        parameter = module.get_submodule(path)._parameters.get(attribute)
+        return _Derived() if parameter is None else _Derived((parameter,))
+    if node.op in ("placeholder", "output"):
+        return None
+    if node.op == "call_module" and next(module.get_submodule(str(node.target)).parameters(), None) is not None:
+        return None
+    name = _name(node)
+    if name in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in _METADATA):
+        return _Derived()  # what is known of a tensor before its values are
+    inputs = [derived.get(n) for n in node.all_input_nodes]
+    if is_view(node):
+        return inputs[0]
+    known = [i for i in inputs if i is not None]
+    if len(known) < len(inputs):
+        return None
+    parameters = tuple(dict.fromkeys(p for i in known for p in i.parameters))
+    if not parameters:
+        return _Derived()
+    through = tuple(dict.fromkeys([step for i in known for step in i.through] + [_label(module, node)]))
+    return _Derived(parameters, through, name in _INDEXING or any(i.indexed for i in known))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Tell whether a node only looks at its first input in another shape or number format."""
+    if node.op not in ("call_method", "call_function") or not node.all_input_nodes:
+        return False
+    if not node.args or node.args[0] is not node.all_input_nodes[0]:
+        return False
+    if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
+        return _name(node.all_input_nodes[0]) in _SPLITS or _is_full_slice(node.args[1])
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT", "data")
+    return _name(node) in _VIEWS
+
+
+def _is_full_slice(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+
+
+def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]:
+    """Yield the operands of a node that can be weights: (operand, op, dimension that indexes outputs)."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    if node.target is torch.einsum:
+        yield from ((operand, "einsum", None) for operand in node.all_input_nodes)
+        return
+    op, positions, out_dim = _CONSUMERS.get(node.target) or _python_function(node)
+    for name, position in positions.items():
+        operand = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        if isinstance(operand, fx.Node):
+            yield operand, op, out_dim
+
+
+def _python_function(node: fx.Node) -> tuple[str, dict[str, int], int | None]:
+    """A function that fx does not look into (torchvision's shifted_window_attention): its arguments named *weight."""
+    if not _is_python(node) and node.target is not F.multi_head_attention_forward:
+        return "", {}, None
+    target: Any = node.target
+    names = inspect.signature(target).parameters
+    return target.__name__, {name: i for i, name in enumerate(names) if name.endswith("weight")}, 0
+
+
+def _is_python(node: fx.Node) -> bool:
+    target: Any = node.target
+    module = getattr(target, "__module__", None) or ""
+    return inspect.isfunction(target) and not module.startswith(("torch.", "passes."))
+
+
+def _problem(module: nn.Module, node: fx.Node) -> str:
+    """Say why nobody knows what a node does with a parameter, "" where it certainly does not multiply by it."""
+    if node.op == "output":
+        return "unsupported: it leaves its graph as an output, for Python code to read"
+    if node.op == "call_module":  # whose argument is an activation, unless the module is a product that someone wrapped
+        called = module.get_submodule(str(node.target))
+        own = not type(called).__module__.startswith("torch.") and next(called.parameters(), None) is None
+        return f"unknown: {type(called).__name__} gets it as an argument" if own else ""
+    if _is_python(node):
+        return f"unsupported: the Python function {_name(node)} reads it"
+    name = _name(node).strip("_")
+    if is_view(node) or name in _READERS or _is_pointwise(name):
+        return ""
+    return f"unknown: {_name(node)} consumes it"
+
+
+@functools.cache
+def _is_pointwise(name: str) -> bool:
+    packet = getattr(torch.ops.aten, _ALIASES.get(name, name), None)
+    packet = packet or getattr(torch.ops.aten, name.removeprefix("i"), None)  # operator.iadd
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+
+
+def _label(module: nn.Module, node: fx.Node) -> str:
+    return type(module.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _name(node)
+
+
+def _in_own_shape(module: nn.Module, operand: fx.Node, source: _Derived) -> list[tuple[nn.Parameter, fx.Node]]:
+    """Find where a transformed weight has the shape that it was stored in: (weight, node), one where it can be masked."""
+    while True:
+        try:
+            shape = _on_meta(module, operand).shape
+        except Exception:  # depends on an activation's shape, or on values
+            return []
+        if found := [(p, operand) for p in source.matrices if p.shape == shape]:
+            return found
+        if not is_view(operand):
+            return []
+        operand = operand.all_input_nodes[0]
+
+
+def _on_meta(module: nn.Module, node: fx.Node) -> Any:
+    """Compute a value that is derived from parameters alone, without data."""
+    if node.op == "get_attr":
+        path, _, attribute = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(path), attribute)
+        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _on_meta(module, n))
+    if node.op == "call_module":
+        return copy.deepcopy(module.get_submodule(str(node.target))).to("meta").eval()(*args, **kwargs)
+    if isinstance(node.target, str):
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)

@@ -1,0 +1,203 @@
+"""Parameters that graphs read in every way: as they are, transformed, as tables, by operations nobody knows, in Python code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from sparsify import RigL, flop_report, fold, sparsify
+
+X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+V = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+class StdConv(nn.Conv2d):
+    """A weight-standardised convolution (arXiv 1903.10520): its transformed weight is not 0 where the weight is."""
+
+    def standardised(self, weight: Tensor) -> Tensor:
+        flat = weight.reshape(1, self.out_channels, -1)
+        return F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.standardised(self.weight), self.bias, padding=1)
+
+
+def test_a_standardised_weight_is_masked_before_and_after() -> None:
+    conv = StdConv(4, 8, 3)
+    sparse = sparsify(nn.Sequential(conv), density=0.5)
+    weight, mask = sparse.get_parameter("0.weight"), sparse.updater.masks["0.weight"]
+    expected = F.conv2d(X, mask * conv.standardised(mask * conv.weight), conv.bias, padding=1)
+    for training in (True, False):
+        torch.testing.assert_close(sparse.train(training)(X), expected)
+    report = flop_report(sparse, X)
+    assert report.coverage == {"0.weight": "masked"}
+    assert report.dense_macs == 2 * 36 * 4 * 8 * 9
+    assert report.inference_ratio == 0.5
+
+    # The gradient that decides growth is that of every element the transformed weight has, kept or not.
+    sparse.train()(X).square().sum().backward()
+    assert not weight.grad[~mask].any()
+    leaf = weight.detach().clone().requires_grad_()
+    value = conv.standardised(leaf)
+    used = (value.detach() * mask).requires_grad_()
+    F.conv2d(X, used, conv.bias, padding=1).square().sum().backward()
+    value.backward(used.grad)
+    weight.grad = None
+    sparse[0].weight_mask.dense_gradient = True
+    sparse(X).square().sum().backward()
+    torch.testing.assert_close(weight.grad, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (parametrizations.weight_norm, "original1"),
+        (parametrizations.spectral_norm, "original"),
+        (parametrizations.orthogonal, "original"),
+    ],
+)
+def test_a_parametrized_weight_is_masked_before_and_after(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
+    model = nn.Sequential(wrap(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2))
+    name = f"0.parametrizations.weight.{name}"
+    same = sparsify(model, density=1.0)
+    model.eval()
+    torch.testing.assert_close(same.eval()(V), model(V))
+    sparse = sparsify(model, density=0.5, method=RigL(interval=4))
+    assert sparse.updater.masks.keys() == {name, "2.weight"}
+    assert not sparse.updater.rules
+    assert set(flop_report(sparse, V).coverage.values()) == {"masked"}
+    used = sparse.eval()[0].weight * sparse.updater.masks[name]
+    torch.testing.assert_close(sparse(V), sparse[2](F.relu(V @ used.T + sparse[0].bias)))
+    optimizer = torch.optim.SGD(sparse.train().parameters(), 0.1, momentum=0.9)
+    sparse.updater.attach(optimizer, total_steps=20)
+    for _ in range(12):
+        optimizer.zero_grad()
+        sparse(V).square().mean().backward()
+        optimizer.step()
+    assert not sparse.get_parameter(name)[~sparse.updater.masks[name]].any()
+    plain = fold(sparse.eval())
+    assert list(plain.state_dict()) == list(model.state_dict())
+
+
+class Reads(nn.Module):
+    """One parameter, read by one function."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.weight, self.fc, self.read = nn.Parameter(torch.randn(*shape)), nn.Linear(8, 8), read
+
+    def forward(self, x: Tensor) -> Any:
+        return self.read(self.fc(x), self.weight)
+
+
+class MatMul(nn.Module):
+    """A product that someone made a module of."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+
+READS: dict[
+    str, tuple[Callable[..., Any], tuple[int, ...], str]
+] = {  # function, shape of the weight, what becomes of it
+    "linear": (F.linear, (5, 8), "masked"),
+    "addmm": (lambda x, w: torch.addmm(x.new_zeros(1), x, w), (8, 5), "masked"),
+    "einsum": (lambda x, w: torch.einsum("bi,io->bo", x, w), (8, 5), "masked"),
+    "bilinear": (lambda x, w: F.bilinear(x, x, w), (5, 8, 8), "masked"),
+    "matmul-left": (lambda x, w: torch.matmul(w, x.t()), (5, 8), "masked"),
+    "views": (lambda x, w: F.linear(x, w.view(4, 8, 4).permute(0, 2, 1).reshape(16, 8)), (4, 32), "masked"),
+    "chunks": (lambda x, w: x @ torch.chunk(w, 2, 1)[0], (8, 10), "masked"),
+    "cast": (lambda x, w: x @ w.to(x.dtype).type_as(x)[None, ...].squeeze(0), (8, 5), "masked"),
+    "softmax": (lambda x, w: F.linear(x, w.softmax(-1)), (5, 8), "masked"),
+    "module": (MatMul(), (8, 5), "masked"),
+    "lora": (lambda x, w: F.linear(x, torch.cat([w, w])), (5, 8), "unsupported: it passes through cat before linear"),
+    "rows": (lambda x, w: x @ w[:8], (12, 5), "table: it is indexed (getitem) before matmul"),
+    "resized": (lambda x, w: x @ F.interpolate(w[None], 5)[0], (8, 10), "table: it is indexed (interpolate"),
+    "added": (lambda x, w: x + w, (3, 8), ""),
+    "stacked": (lambda x, w: torch.cat([x, w]), (2, 8), ""),
+    "gated": (lambda x, w: x * torch.sigmoid(w) - w.abs(), (1, 8), ""),
+    "output": (lambda x, w: (x, w), (8, 8), "unsupported: it leaves its graph as an output"),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_reads_a_parameter_decides(name: str) -> None:
+    read, shape, expected = READS[name]
+    model = Reads(read, *shape)
+    sparse = sparsify(model, density=0.5)
+    accounted = {**sparse.updater.rules, **dict.fromkeys(sparse.updater.masks, "masked")}
+    assert accounted.pop("fc.weight") == "masked"
+    assert accounted.get("weight", "").startswith(expected)
+    assert bool(accounted) == bool(expected)
+    same = sparsify(model, density=1.0)
+    for training in (True, False):
+        expect, got = model.train(training)(V), same.train(training)(V)
+        torch.testing.assert_close(got, expect, rtol=0, atol=0)
+    flop_report(sparse, V)
+
+
+UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cdist": lambda x, w: torch.cdist(x, w),
+    "kron": lambda x, w: torch.kron(w, x),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_operation_nobody_knows_is_an_error_with_two_ways_out(name: str) -> None:
+    model = Reads(UNKNOWN[name], 5, 8)
+    with pytest.raises(
+        ValueError, match=rf"^weight may be .*: {name} consumes it at node '{name}'.*exclude=.*include="
+    ):
+        sparsify(model, density=0.5)
+    assert sparsify(model, density=0.5, exclude="weight").updater.rules == {"weight": "excluded by 'weight'"}
+    sparse = sparsify(model, density={"*": 0.5}, include="weight")
+    assert sparse.updater.nonzeros == {"weight": 20, "fc.weight": 32}
+    used = sparse.weight.detach() * sparse.updater.masks["weight"]
+    with torch.no_grad():
+        sparse.weight.add_(1.0 * ~sparse.updater.masks["weight"])
+        torch.testing.assert_close(sparse.eval()(V), UNKNOWN[name](sparse.fc(V), used))
+
+
+class Experts(nn.Module):
+    """Weights that Python code picks by data, as mixtures of experts do; an embedding that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.more = nn.Parameter(torch.randn(4, 8, 8)), nn.ParameterList([torch.randn(8, 8)])
+        self.embedding, self.fc = nn.Embedding(5, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x + self.embedding(torch.zeros(1, dtype=torch.long))) @ self.weight[int(x.sum() > 0)]
+        return x @ self.more[0] @ self.embedding.weight.t()
+
+
+def test_weights_that_python_code_reads_are_masked_if_named() -> None:
+    model = Experts()
+    sparse = sparsify(model, density=0.5)
+    assert sparse.updater.rules.keys() == {"weight", "more.0"}
+    assert all("unsupported" in reason for reason in sparse.updater.rules.values())
+    with pytest.raises(ValueError, match=r"embedding.weight is multiplied by \(linear\).*exclude=.*include="):
+        sparsify(model, density=0.5, inputs=V)  # where inputs are given, a run proves that nothing was missed
+    assert "embedding.weight" not in sparsify(model, density=0.5, exclude="emb*", inputs=V).updater.masks
+    sparse = sparsify(model, density=0.5, include=["weight", "embedding.weight"], inputs=V)
+    assert sparse.updater.masks.keys() == {"weight", "embedding.weight", "fc.weight"}
+    sparse(V).sum().backward()
+    mask = sparse.updater.masks["weight"]
+    assert not sparse.weight.grad[~mask].any()
+    assert sparse.weight.grad[mask].any()
+
+
+def test_norm_gains_and_embeddings_are_masked_if_named() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    sparse = sparsify(model, density=0.5, include=["0.weight", "1.weight"])
+    assert sparse.updater.masks.keys() == {"0.weight", "1.weight", "2.weight"}
+    tokens = torch.arange(10)
+    sparse(tokens).square().sum().backward()
+    for name, mask in sparse.updater.masks.items():
+        assert not sparse.get_parameter(name).grad[~mask].any()
+    with pytest.raises(ValueError, match="include: pattern 'no' matches no weight"):
+        sparsify(model, density=0.5, include="no")
