@@ -6,7 +6,9 @@ the model run the graphs.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +60,16 @@ fx.wrap("expect_default")
 class _Tracer(fx.Tracer):
     """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
 
-    `rng` is the state of the random generators, which tracing must not move.
+    `rng` is the state of the random generators, which tracing must not move. `called` are Python functions that the graph
+    calls as they are; `refused` collects those that cannot be traced into.
     """
 
     proxy_buffer_attributes = True  # a buffer is read when the graph runs, not when it is traced
 
-    def __init__(self, rng: tuple[Any, ...]) -> None:
-        super().__init__()
+    def __init__(self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = ()) -> None:
+        super().__init__(autowrap_functions=tuple(called))
         self.rng = rng
+        self.refused: set[Callable[..., Any]] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_builtin(m) or is_called_whole(m)
@@ -83,8 +87,8 @@ class _Tracer(fx.Tracer):
             result = forward(*args, **kwargs) if inside else super().call_module(m, forward, args, kwargs)
             if before.difference(m) is None:
                 return result
-        except Exception:
-            pass  # whatever the user's code raises on a Proxy: `trace` goes on inside this module and says why
+        except Exception as error:  # whatever the user's code raises on a Proxy: `trace` goes on inside and says why
+            self.refused |= _failing_function(error)
         before.restore(m)
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -224,12 +228,12 @@ def _trace_region(module: nn.Module) -> Region | str:
         for mode in (True, False):
             for child in module.modules():
                 vars(child)["training"] = mode
-            graphs[mode] = _without_unread_attributes(_Tracer(before.rng).trace(module))
+            graphs[mode] = _without_unread_attributes(_trace_graph(module, before))
     except Exception as error:
         _undo_writes(inside)
         before.restore(module)
         return f"{type(error).__name__}: {error}"
-    constants = {k: v for k, v in vars(module).items() if k not in before.attributes and isinstance(v, torch.Tensor)}
+    constants = _constants(module, before)
     for name in constants:
         delattr(module, name)
     vars(module)["training"] = before.attributes["training"]
@@ -239,6 +243,41 @@ def _trace_region(module: nn.Module) -> Region | str:
     if _facts(graphs[True]) == _facts(graphs[False]):
         graphs[False] = graphs[True]
     return Region(graphs, constants)
+
+
+def _trace_graph(module: nn.Module, before: Snapshot) -> fx.Graph:
+    """Trace a module in its mode; the graph calls Python functions that cannot be traced into as they are."""
+    called: set[Callable[..., Any]] = set()
+    while True:
+        tracer, kept = _Tracer(before.rng, called), _constants(module, before)
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            tracer.refused |= _failing_function(error)
+            if tracer.refused <= called:
+                raise
+        else:
+            if tracer.refused <= called:
+                return graph
+        called |= tracer.refused
+        for name in _constants(module, before).keys() - kept.keys():
+            delattr(module, name)
+
+
+def _failing_function(error: Exception) -> set[Callable[..., Any]]:
+    """Find the function that a module's forward called and that raised; an empty set if the forward itself did."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for caller, callee in itertools.pairwise(frames):
+        function: Any = caller.f_globals.get(callee.f_code.co_name)
+        user = inspect.isfunction(function) and not function.__module__.startswith(("torch.", "passes."))
+        if user and function.__code__ is callee.f_code and "self" in caller.f_locals:
+            return {function}
+    return set()
+
+
+def _constants(module: nn.Module, before: Snapshot) -> dict[str, torch.Tensor]:
+    """The tensors that tracing has put onto a module."""
+    return {k: v for k, v in vars(module).items() if k not in before.attributes and isinstance(v, torch.Tensor)}
 
 
 def _undo_writes(inside: list[tuple[str, nn.Module, dict[str, Any]]]) -> str | None:

@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   sparsify resnet50 --density 0.1 --distribution uniform,er,erk
                                                            the distributions side by side
   sparsify vit_b_16 --density 0.2 --graph                  the rewritten graph as a table
+  sparsify swin_t --density 0.2 --coverage                 what became of every weight
   sparsify resnet18 --density 0.1 --graph graph.svg --plot layers.png --json report.json
   sparsify my_package.models:make_net --input 1x3x32x32 --density 0.05 --exclude 'head.*'
 
@@ -87,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="parameters that stay dense: fnmatch patterns such as 'fc.*'",
     )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that are masked whatever reads them: fnmatch patterns such as 'embedding.weight'",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
     _add_outputs(parser)
     return parser
@@ -99,6 +107,11 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         const="-",
         metavar="FILE",
         help="show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)",
+    )
+    parser.add_argument(
+        "--coverage",
+        action="store_true",
+        help="list every weight that the model consumes: masked, dense by which rule, or unsupported and why",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
@@ -118,8 +131,8 @@ def _run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     shape = options.input or _default_shape(model)
     names = options.distribution.split(",")
-    if len(names) > 1 and (options.graph or options.plot):
-        raise ValueError("--graph and --plot show one distribution; name one.")
+    if len(names) > 1 and (options.graph or options.plot or options.coverage):
+        raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
     reports = {}
     for name in names:
         sparse = sparsify(
@@ -128,8 +141,9 @@ def _run(options: argparse.Namespace) -> None:
             name,
             method=options.method,
             flops=options.flops,
-            inputs=shape if options.flops else None,
+            inputs=shape,  # so that a run proves the coverage
             exclude=options.exclude,
+            include=options.include,
             seed=options.seed,
         )
         reports[name] = flop_report(sparse, shape)
@@ -150,7 +164,9 @@ def _show(model: nn.Module, report: FlopReport, shape: tuple[int, ...], options:
         draw_graph(model.eval(), options.graph, shape)
     if options.plot:
         report.plot(options.plot)
-    if options.graph != "-":
+    if options.coverage:
+        print(tabulate(report.coverage.items(), headers=("weight", "coverage")))
+    elif options.graph != "-":
         print(report)
 
 

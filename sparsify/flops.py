@@ -127,6 +127,8 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
         mask = masks.get(name)
         kept = mask.nonzeros if mask else weight.numel()
         reason = "" if mask else rules.get(name, _why_unknown(model, name))
+        if "Python" in reason and name not in macs:
+            reason = "read by Python code, and no product of it was seen"
         status = "masked" if mask else "unsupported" if reason.startswith("unsupported") else "dense"
         rows.append(
             Layer(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchvision import models
 
 
@@ -70,7 +71,8 @@ class WideResNet22(nn.Module):
 
 ZOO = models.list_models()  # quantized names in their float form
 PYTHON_AT_THE_ROOT = ("rcnn", "retinanet", "fcos", "ssd", "raft")  # 14 detectors and flow networks
-WHOLE = [name for name in ZOO if not any(part in name for part in PYTHON_AT_THE_ROOT)]
+PARTS = [name for name in ZOO if any(part in name for part in PYTHON_AT_THE_ROOT)]
+WHOLE = [name for name in ZOO if name not in PARTS]
 
 
 def input_shape(name: str, small: bool = False) -> tuple[int, ...]:
@@ -86,3 +88,22 @@ def input_shape(name: str, small: bool = False) -> tuple[int, ...]:
         )
     size = 299 if "inception" in name else 224 if fixed or not small else 64
     return (1, 3, size, size)
+
+
+def training_loss(name: str, model: nn.Module, device: str) -> Tensor:
+    """Run one training forward of a torchvision model on small random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    if name in WHOLE:
+        shape = input_shape(name, small=True)
+        result = model(torch.rand(2, *shape[1:], generator=generator).to(device))
+    elif "raft" in name:
+        result = model(*(torch.rand(1, 3, 128, 128, generator=generator).to(device) for _ in range(2)), 2)
+    else:
+        model.get_submodule("transform").min_size = model.get_submodule("transform").max_size = (128,)
+        transform = model.get_submodule("transform")
+        transform.min_size, transform.max_size = (128,), 128
+        target = {"boxes": torch.tensor([[10.0, 10.0, 90.0, 90.0]]), "labels": torch.tensor([1])}
+        target |= {"masks": torch.ones(1, 128, 128), "keypoints": torch.ones(1, 17, 3)}
+        result = model([torch.rand(3, 128, 128, generator=generator) for _ in range(2)], [target, target])
+    tensors = pytree.tree_leaves(tuple(result) if isinstance(result, tuple) else result)
+    return torch.stack([t.float().square().mean() for t in tensors if isinstance(t, Tensor)]).sum()

@@ -6,16 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import WHOLE, ZOO, input_shape
+from models import WHOLE, ZOO, input_shape, training_loss
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes import trace
-from sparsify import flop_report, fold, graphs, sparsify
+from sparsify import RigL, flop_report, fold, graphs, sparsify
 from sparsify.cli import load_model
 
 LARGE = 60_000_000  # parameters: above this, forward passes take too long here and only the meta device is used
+LARGE_TO_TRAIN = 12_000_000
 
 
 def fingerprint(model: nn.Module) -> list[object]:
@@ -36,8 +37,8 @@ def test_the_zoo_is_known() -> None:
 def test_counts_on_meta(name: str) -> None:
     model = load_model(name).eval()
     before = fingerprint(model)
-    sparse = sparsify(model, density=0.1, distribution="erk")
     shape = input_shape(name)
+    sparse = sparsify(model, density=0.1, distribution="erk", inputs=shape)  # a run proves that no weight was missed
     report = flop_report(sparse, shape)
     dense = flop_report(model, shape)
     assert fingerprint(model) == before
@@ -45,11 +46,13 @@ def test_counts_on_meta(name: str) -> None:
     sparse.graph.lint()
 
     # Every weight is masked, with exactly the count of its density under the one rounding rule.
-    assert set(report.coverage.values()) == {"masked"}
-    assert report.coverage.keys() == dense.coverage.keys()
-    assert all(layer.nonzeros == sparse.updater.nonzeros[layer.name] for layer in report.layers if layer.params)
-    size = sum(layer.params for layer in report.layers)
-    assert abs(sum(layer.nonzeros for layer in report.layers) - 0.1 * size) <= 2 * len(report.layers)
+    masked = [layer for layer in report.layers if layer.status == "masked"]
+    assert {layer.name for layer in masked} == dense.coverage.keys()
+    assert all(layer.nonzeros == sparse.updater.nonzeros[layer.name] for layer in masked)
+    size = sum(layer.params for layer in masked)
+    assert abs(sum(layer.nonzeros for layer in masked) - 0.1 * size) <= 2 * len(masked)
+    tables = {layer.name for layer in report.layers if layer.params} - {layer.name for layer in masked}
+    assert all("rel_pos" in name and "no product" in report.coverage[name] for name in tables)
 
     # Dense MACs are half of what torch's own counter finds, where it counts.
     with FlopCounterMode(display=False) as counter:
@@ -91,3 +94,39 @@ def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
         ]
         assert [(n.op, n.target) for n in nodes] == [(n.op, n.target) for n in graph.nodes]
     assert type(fold(sparse)) is type(model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_training_changes_only_what_it_may(name: str) -> None:
+    size = sum(p.numel() for p in load_model(name).parameters())
+    device = "meta" if size > LARGE_TO_TRAIN and name in WHOLE else "cpu"
+    model = sparsify(load_model(name, device=device).train(), density=0.2, method=RigL(interval=2))
+    updater, counts = model.updater, model.updater.nonzeros
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    updater.attach(optimizer, total_steps=8)
+    for step in (1, 2):
+        before = copy.deepcopy((dict(model.named_parameters()), updater.masks))
+        optimizer.zero_grad()
+        training_loss(name, model, device).backward()
+        optimizer.step()
+        assert updater.nonzeros == counts
+        if device == "cpu":
+            _check_step(model, *before, update=step == 2)
+
+
+def _check_step(
+    model: nn.Module, weights: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], update: bool
+) -> None:
+    """An ordinary step moves kept weights only; an update moves nothing but masks, and what they drop and grow is 0."""
+    for name, weight in model.named_parameters():
+        mask = model.updater.masks.get(name)
+        if mask is None:
+            assert not update or torch.equal(weight, weights[name])
+            continue
+        assert update or torch.equal(mask, masks[name])
+        assert int(mask.sum()) == model.updater.nonzeros[name]
+        assert not weight[~mask].any()
+        stayed = mask & masks[name]
+        assert not update or torch.equal(weight[stayed], weights[name][stayed])
+        assert not weight[mask & ~masks[name]].any()
