@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test format bench clean
+.PHONY: install demo test format bench zoo clean
 
 install: $(STAMP)
 
@@ -30,6 +30,9 @@ format: install
 
 bench: install  ## ratios side by side; rigl-torch runs in an environment of its own
 	$(BIN)/python benchmarks/run.py
+
+zoo: install  ## the table of every torchvision model, benchmarks/ZOO.md
+	$(BIN)/python benchmarks/zoo.py --write
 
 clean:
 	rm -rf $(VENV) build dist

@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
+from torchvision import models
 from torchvision.models import resnet50
 from workload import (
     DENSITY,
@@ -81,18 +82,26 @@ def small_rows(repeats: int) -> list[Row]:
     ]
 
 
-def large_rows(repeats: int) -> list[Row]:
-    """The ResNet-50 training step."""
-    data = batch(8, 128)
+LARGE = {  # torchvision model: (batch, image size, goal)
+    "resnet50": (8, 128, "<= 1.05"),
+    "vit_b_16": (2, 224, "<= 1.10"),
+    "swin_t": (4, 224, "<= 1.10"),
+}
+
+
+def large_rows(name: str, repeats: int) -> list[Row]:
+    """The training step of a model of usual size."""
+    count, size, goal = LARGE[name]
+    data, build = batch(count, size), models.get_model_builder(name)
     cases = {
-        "dense": timed(dense_trainer(resnet50(num_classes=10), data).step),
-        "again": timed(dense_trainer(resnet50(num_classes=10), data).step),
-        "masked": timed(sparse_trainer(resnet50(num_classes=10), data, Static()).step),
+        "dense": timed(dense_trainer(build(num_classes=10), data).step),
+        "again": timed(dense_trainer(build(num_classes=10), data).step),
+        "masked": timed(sparse_trainer(build(num_classes=10), data, Static()).step),
     }
     seconds = interleave(cases, repeats)
     return [
-        Row("ResNet-50 step: masked / dense", "<= 1.05", ratio(seconds, "masked", "dense")),
-        Row("ResNet-50 step: dense / dense (noise)", "1", ratio(seconds, "again", "dense")),
+        Row(f"{name} step: masked / dense", goal, ratio(seconds, "masked", "dense")),
+        Row(f"{name} step: dense / dense (noise)", "1", ratio(seconds, "again", "dense")),
     ]
 
 
@@ -232,7 +241,8 @@ def main() -> None:
     few = max(2, args.repeats // 3)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args.repeats} and {few} rounds\n")
     small = small_rows(args.repeats)
-    print(time_table([*small, *large_rows(few), sparsify_row(few), *report_rows(few)]), end="\n\n")
+    large = [row for name in LARGE for row in large_rows(name, few)]
+    print(time_table([*small, *large, sparsify_row(few), *report_rows(few)]), end="\n\n")
     print(memory_table(), flush=True)
     if not args.no_peer:
         print(f"\n{peer_table(few, small)}")

@@ -271,7 +271,9 @@ def test_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     shape = (1, *model.default_cfg["input_size"])
-    sparse = sparsify(model, density=0.1, inputs=shape, exclude=("*.latent",) * ("naflexvit" in name))
+    sparse = sparsify(
+        model, density=0.1, method=RigL(interval=2), inputs=shape, exclude=("*.latent",) * ("naflexvit" in name)
+    )
     report = flop_report(sparse, shape)
     assert (
         report.dense_macs
@@ -282,6 +284,15 @@ def test_timm(name: str) -> None:
     reasons = {layer.name: layer.reason for layer in report.layers if layer.params and layer.status != "masked"}
     assert all(reasons.values())
     assert reasons.keys() == sparse.updater.rules.keys()
+    # A training step and an update run; the weights are on the meta device, so that only counts can be compared.
+    counts, optimizer = sparse.updater.nonzeros, torch.optim.SGD(sparse.train().parameters(), 0.1)
+    sparse.updater.attach(optimizer, total_steps=8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        result = pytree.tree_leaves(sparse(torch.empty((2, *shape[1:]), device="meta")))
+        sum(t.float().mean() for t in result if isinstance(t, Tensor)).backward()
+        optimizer.step()
+    assert sparse.updater.nonzeros == counts
     if sum(p.numel() for p in model.parameters()) < 3_000_000:
         real = timm.create_model(name)
         assert_same_outputs(real, (torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0)),))

@@ -31,6 +31,14 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert list(json.loads(file.read_text())) == ["uniform", "er", "erk"]
 
 
+def test_coverage_of_every_weight(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--exclude", "head.*", "--include", "*.norm1.weight"]
+    assert main(["swin_t", "--density", "0.2", "--coverage", *options]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert rows["features.1.0.attn.qkv.weight"] == rows["features.1.0.norm1.weight"] == "masked"
+    assert rows["head.weight"] == "dense: excluded by 'head.*'"
+
+
 def test_a_users_own_model_and_the_graph(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Linear(4, 8))\n")
     command = [
@@ -56,7 +64,7 @@ BAD = {
     "unknown distribution": (["resnet18", "--density", "0.1", "--distribution", "erkk"], "Did you mean 'erk'"),
     "no factory": (["nowhere:make", "--density", "0.1"], "Cannot load nowhere:make"),
     "not a module": (["math:ulp", "--density", "0.1"], "ulp"),
-    "wrong input": (["resnet18", "--density", "0.1", "--input", "1x4x8x8"], "masked_conv1"),
+    "wrong input": (["resnet18", "--density", "0.1", "--input", "1x4x8x8"], "module 'conv1'"),
     "two graphs": (["resnet18", "--density", "0.1", "--distribution", "er,erk", "--graph"], "name one"),
 }
 

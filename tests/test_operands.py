@@ -1,5 +1,7 @@
 """Parameters that graphs read in every way: as they are, transformed, as tables, by operations nobody knows, in Python code."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from sparsify import RigL, flop_report, fold, sparsify
+from sparsify import RigL, flop_report, fold, graphs, sparsify
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 V = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
@@ -162,6 +164,28 @@ def test_an_operation_nobody_knows_is_an_error_with_two_ways_out(name: str) -> N
         torch.testing.assert_close(sparse.eval()(V), UNKNOWN[name](sparse.fc(V), used))
 
 
+def conv_same(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution whose padding depends on the size of its input, which cannot be traced."""
+    return F.conv2d(F.pad(x, [1, 1, 1, 1]) if x.shape[-1] > 4 else x, weight)
+
+
+class ConvSame(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_same(x, self.weight - self.weight.mean())
+
+
+def test_a_function_that_cannot_be_traced_stays_a_call_in_the_graph() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), ConvSame(4, 8, 3))
+    sparse = sparsify(model, density=0.5, inputs=X)
+    assert list(graphs(sparse)) == [""]
+    assert [n.target for n in sparse.graph.nodes if n.op == "call_function"][-1] is conv_same
+    assert sparse.updater.masks.keys() == {"0.weight", "1.weight"}
+    for x in (X, X[..., :4, :4]):
+        torch.testing.assert_close(sparsify(model, density=1.0)(x), model(x))
+        for copied in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+            assert torch.equal(copied.eval()(x), sparse.eval()(x))
+
+
 class Experts(nn.Module):
     """Weights that Python code picks by data, as mixtures of experts do; an embedding that is the head too."""
 
@@ -201,3 +225,39 @@ def test_norm_gains_and_embeddings_are_masked_if_named() -> None:
         assert not sparse.get_parameter(name).grad[~mask].any()
     with pytest.raises(ValueError, match="include: pattern 'no' matches no weight"):
         sparsify(model, density=0.5, include="no")
+
+
+INPUTS: dict[str, tuple[Any, str]] = {
+    "keyword": ({"pixels": X}, "unexpected keyword argument 'pixels'|missing a required argument"),
+    "too many": ((X, X), "too many positional arguments"),
+    "list": ([X, X], "invalid combination of arguments - got .list"),
+    "channels": ((1, 3, 6, 6), "node 'masked_0', module '0': Invalid channel dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_the_wrong_structure(name: str) -> None:
+    inputs, message = INPUTS[name]
+    model = sparsify(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), density=0.5)
+    with pytest.raises(ValueError, match=f"do not fit the model, at .*({message})"):
+        flop_report(model, inputs)
+
+
+class TwoShapes(nn.Module):
+    """Returns another shape in training, as networks with auxiliary heads do, and uses a weight in one mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.more = nn.Linear(8, 4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return torch.cat([x, self.more(x)], 1) if self.training else x
+
+
+def test_a_graph_per_mode_may_change_shape() -> None:
+    sparse = sparsify(TwoShapes(), density=0.5, inputs=V)
+    assert sparse.train()(V).shape == (3, 10)
+    assert sparse.eval()(V).shape == (3, 4)
+    rows = {layer.name: layer.dense_macs for layer in flop_report(sparse, V).layers}
+    assert rows == {"fc.weight": 3 * 32, "more.weight": 0}
