@@ -50,8 +50,9 @@ class Captured(fx.GraphModule):
         result = nn.Module.__new__(type(self))
         memo[id(self)] = result
         vars(result).update(copy.deepcopy(vars(self), memo))
-        for graph in result._graphs.values():
-            graph.owning_module = result
+        for mode, graph in result._graphs.items():
+            if graph is not self._graphs[mode]:  # `memo` may say that the graphs are shared
+                graph.owning_module = result
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:

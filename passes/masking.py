@@ -210,8 +210,9 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
             if weight is not None and weight in by_weight:
                 module.add_module(f"{attribute}_mask", by_weight[weight])
     for weight, mask in by_weight.items():
-        with torch.no_grad():
-            zero_dropped_(weight, mask.mask)
+        if not weight.is_meta:
+            with torch.no_grad():
+                zero_dropped_(weight, mask.mask)
         mask.train(model.training)
     for path in capture.leaves:
         _mask_leaf(model.get_submodule(path), by_weight)

@@ -120,19 +120,26 @@ def _shadow(model: nn.Module, meta: bool) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.is_floating_point()) if meta else p
+        memo[id(p)] = nn.Parameter(_empty(p), p.is_floating_point()) if meta else p
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta") if meta else b.clone()
+        memo[id(b)] = _empty(b) if meta else b.clone()
     for module in model.modules():
         memo |= {
             id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or (isinstance(v, dict) and not v)
         }
         if isinstance(module, Mask):
             memo[id(module)] = _Unmasked()
+        elif isinstance(module, Captured):
+            memo |= {id(graph): graph for graph in module._graphs.values()}  # which are only read
     shadow = copy.deepcopy(model, memo)
     for module in shadow.modules():
         vars(module)["training"] = False
     return shadow
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    # `empty_like` of a tensor that is on meta already takes ten times as long.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class _Unmasked(nn.Module):

@@ -266,7 +266,7 @@ def _draw(model: nn.Module, sites: Sequence[Site], densities: Mapping[str, float
 def _mask_like(weight: torch.Tensor, site: Site, count: int, seed: int) -> torch.Tensor:
     """Draw a mask with the device and strides of its weight."""
     if weight.is_meta:
-        return torch.empty_like(weight, dtype=torch.bool)
+        return torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool, device="meta")
     mask = random_mask(site.shape, count, seed, site.name).to(weight.device)
     return mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
