@@ -3,7 +3,8 @@
 from passes.capture import Capture, trace
 from passes.captured import Captured, graphs, install
 from passes.fold import fold_
-from passes.masking import Mask, mask_weights, masks_of
+from passes.mask import Mask, masks_of
+from passes.masking import mask_weights
 from passes.shapes import record
 from passes.sites import Site, find_sites
 

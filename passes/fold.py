@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from passes.captured import Captured, user_class
-from passes.masking import Mask, MaskedLeaf, leaf_class, masks_of, zero_dropped_
+from passes.mask import Mask, masks_of, zero_dropped_
+from passes.masking import MaskedLeaf, leaf_class
 
 _GRAPH_STATE = (
     "_layers",

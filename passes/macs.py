@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from passes.shapes import Operation
+from passes.recorder import Operation
 
 with warnings.catch_warnings():  # fvcore's package imports torch.jit.script, which warns on new torch
     warnings.simplefilter("ignore", FutureWarning)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from passes.capture import Capture, called_modules, is_builtin
+from passes.capture import Capture, called_modules
 from passes.operands import reads
+from passes.tracer import is_builtin
 
 # The weights that torch.nn's modules multiply by: (class, op, fnmatch patterns of their names).
 _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (

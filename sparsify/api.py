@@ -1,11 +1,9 @@
 """The pipeline, as one straight line: trace, find weights, allocate densities, mask, attach the updater."""
 
 import copy
-import difflib
 import fnmatch
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,15 +11,16 @@ from torch import nn
 from passes.capture import trace
 from passes.captured import install
 from passes.fold import fold_
-from passes.masking import Mask, mask_weights, masks_of
+from passes.mask import Mask, masks_of
+from passes.masking import mask_weights
 from passes.sites import Site, find_sites
+from sparsify.checks import as_patterns, check_budget, check_model, matching, resolve
 from sparsify.distributions import DISTRIBUTIONS, Distribution, kept, solve_density
 from sparsify.flops import flop_report
 from sparsify.initialization import random_mask, rescale_to_fan_in
 from sparsify.methods import METHODS, Method
 from sparsify.updater import Updater
 
-T = TypeVar("T")
 Patterns = Mapping[str, float]
 
 
@@ -76,16 +75,16 @@ def sparsify(
         >>> sum(model.updater.nonzeros.values()), isinstance(model, torch.fx.GraphModule)
         (161, True)
     """
-    _check_model(model)
-    _check_budget(density, flops, inputs)
-    distribution = _resolve(distribution, DISTRIBUTIONS, "distribution", callable)
-    method = _resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
-    adapt_weights = _resolve(init, INITS, "init", lambda choice: False)
-    exclude, include = _patterns(exclude, "exclude"), _patterns(include, "include")
+    check_model(model)
+    check_budget(density, flops, inputs)
+    distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
+    method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
+    adapt_weights = resolve(init, INITS, "init", lambda choice: False)
+    exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
-    included = _matching(include, names, "include")
+    included = matching(include, names, "include")
     excluded = {
-        name: f"excluded by {pattern!r}" for pattern in exclude for name in _matching([pattern], names, "exclude")
+        name: f"excluded by {pattern!r}" for pattern in exclude for name in matching([pattern], names, "exclude")
     }
 
     model = model if inplace else copy.deepcopy(model)
@@ -135,38 +134,6 @@ def fold(model: nn.Module) -> nn.Module:
     return fold_(plain)
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sparsify() takes a torch.nn.Module, not {type(model).__name__}.")
-    if masks_of(model):
-        raise ValueError("The model is sparse already. Sparsify the dense model again, or fold() this one first.")
-    if hasattr(model, "updater"):
-        raise ValueError("The model has an attribute 'updater', where sparsify() puts its own. Rename it.")
-
-
-def _check_budget(density: Any, flops: Any, inputs: Any) -> None:
-    if (density is None) == (flops is None):
-        raise ValueError("Give exactly one of density and flops.")
-    for pattern, value in density.items() if isinstance(density, Mapping) else [("density", density), ("flops", flops)]:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and 0 < value <= 1):
-            raise ValueError(f"{pattern}={value!r} must be a number in (0, 1].")
-        if value is None and pattern not in ("density", "flops"):
-            raise ValueError(f"{pattern}=None must be a number in (0, 1].")
-    if flops is not None and inputs is None:
-        raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
-
-
-def _resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool]) -> T:
-    if accepts(choice):
-        return choice
-    if not isinstance(choice, str) or choice not in known:
-        near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
-    return known[choice]
-
-
 def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str]) -> dict[str, str]:
     if not sites:
         raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
@@ -194,29 +161,9 @@ def _prove_coverage(model: nn.Module, known: set[str], inputs: Any) -> None:
             )
 
 
-def _patterns(patterns: Any, what: str) -> tuple[str, ...]:
-    patterns = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
-    if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
-        raise ValueError(f"{what} takes fnmatch patterns of parameter names, not {strange[0]!r}.")
-    return patterns
-
-
-def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
-    """List the names that any of the patterns matches; each pattern must match one."""
-    matching = []
-    for pattern in patterns:
-        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        if not matches:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
-            hint = f"the nearest weight is {near[0]!r}" if near else f"weights are {', '.join(names[:5])}, ..."
-            raise ValueError(f"{what}: pattern {pattern!r} matches no weight; {hint}.")
-        matching += matches
-    return matching
-
-
 def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -> dict[str, float]:
     if isinstance(density, Mapping):
-        _matching(density, [s.name for s in sites], "density")
+        matching(density, [s.name for s in sites], "density")
         first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
         densities = {name: value for name, value in first.items() if value is not None}
     else:

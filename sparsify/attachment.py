@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.masking import Mask, masks_of, zero_dropped_
+from passes.mask import Mask, masks_of, zero_dropped_
 from sparsify import optimizers as opt
 from sparsify.methods import Updates
 from sparsify.topology import drop_and_grow

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.macs import count
-from passes.masking import Mask, masks_of
-from passes.shapes import Operation, record
+from passes.mask import Mask, masks_of
+from passes.recorder import Operation
+from passes.shapes import record
 from passes.sites import leaf_weights
 from sparsify.report import FlopReport, Layer
 

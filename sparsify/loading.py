@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.masking import Mask, masks_of, zero_dropped_
+from passes.mask import Mask, masks_of, zero_dropped_
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.masking import masks_of
+from passes.mask import masks_of
 from sparsify import optimizers as opt
 from sparsify.attachment import Attachment, Bound, all_finite, change, check_attach, each_layer, zero_all_dropped
 from sparsify.loading import check_before_load, settle_after_load

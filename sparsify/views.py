@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from passes.captured import Captured
 from passes.macs import count
-from passes.masking import Mask, masks_of
+from passes.mask import Mask, masks_of
 from passes.shapes import record
 from sparsify.flops import arguments_of
 

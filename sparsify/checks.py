@@ -1,0 +1,69 @@
+"""Checks: what `sparsify` is asked for, before any work begins."""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from passes.mask import masks_of
+
+T = TypeVar("T")
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a dense module that can be made sparse."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify() takes a torch.nn.Module, not {type(model).__name__}.")
+    if masks_of(model):
+        raise ValueError("The model is sparse already. Sparsify the dense model again, or fold() this one first.")
+    if hasattr(model, "updater"):
+        raise ValueError("The model has an attribute 'updater', where sparsify() puts its own. Rename it.")
+
+
+def check_budget(density: Any, flops: Any, inputs: Any) -> None:
+    """Raise unless exactly one of density and flops is given, in range."""
+    if (density is None) == (flops is None):
+        raise ValueError("Give exactly one of density and flops.")
+    for pattern, value in density.items() if isinstance(density, Mapping) else [("density", density), ("flops", flops)]:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and 0 < value <= 1):
+            raise ValueError(f"{pattern}={value!r} must be a number in (0, 1].")
+        if value is None and pattern not in ("density", "flops"):
+            raise ValueError(f"{pattern}=None must be a number in (0, 1].")
+    if flops is not None and inputs is None:
+        raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
+
+
+def resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool]) -> T:
+    """Turn a name into what it stands for; what `accepts` accepts stands for itself."""
+    if accepts(choice):
+        return choice
+    if not isinstance(choice, str) or choice not in known:
+        near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
+    return known[choice]
+
+
+def as_patterns(patterns: Any, what: str) -> tuple[str, ...]:
+    """Turn one pattern or several into a tuple."""
+    patterns = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+    if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise ValueError(f"{what} takes fnmatch patterns of parameter names, not {strange[0]!r}.")
+    return patterns
+
+
+def matching(patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
+    """List the names that any of the patterns matches; each pattern must match one."""
+    matching = []
+    for pattern in patterns:
+        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            hint = f"the nearest weight is {near[0]!r}" if near else f"weights are {', '.join(names[:5])}, ..."
+            raise ValueError(f"{what}: pattern {pattern!r} matches no weight; {hint}.")
+        matching += matches
+    return matching
