@@ -142,10 +142,7 @@ def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) 
         return _Derived() if parameter is None else _Derived((parameter,))
     if node.op in ("placeholder", "output"):
         return None
-    if node.op == "call_module" and next(module.get_submodule(str(node.target)).parameters(), None) is not None:
-        return None
-    name = _name(node)
-    if name in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in _METADATA):
+    if _is_metadata(node):
         return _Derived()  # what is known of a tensor before its values are
     inputs = [derived.get(n) for n in node.all_input_nodes]
     if is_view(node):
@@ -153,21 +150,25 @@ def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) 
     known = [i for i in inputs if i is not None]
     if len(known) < len(inputs):
         return None
+    if node.op == "call_module" and next(module.get_submodule(str(node.target)).parameters(), None) is not None:
+        return None
     parameters = tuple(dict.fromkeys(p for i in known for p in i.parameters))
     if not parameters:
         return _Derived()
     through = tuple(dict.fromkeys([step for i in known for step in i.through] + [_label(module, node)]))
-    return _Derived(parameters, through, name in _INDEXING or any(i.indexed for i in known))
+    return _Derived(parameters, through, _name(node) in _INDEXING or any(i.indexed for i in known))
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    return node.target in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in _METADATA)
 
 
 def is_view(node: fx.Node) -> bool:
     """Tell whether a node only looks at its first input in another shape or number format."""
-    if node.op not in ("call_method", "call_function") or not node.all_input_nodes:
-        return False
-    if not node.args or node.args[0] is not node.all_input_nodes[0]:
+    if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
-        return _name(node.all_input_nodes[0]) in _SPLITS or _is_full_slice(node.args[1])
+        return _name(node.args[0]) in _SPLITS or _is_full_slice(node.args[1])
     if node.target is getattr:
         return node.args[1] in ("T", "mT", "data")
     return _name(node) in _VIEWS
