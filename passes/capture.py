@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from passes.effects import Snapshot, rng_state
 from passes.tracer import Tracer, failing_function, is_builtin
@@ -22,6 +23,7 @@ _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"met
 def _check_names(module: nn.Module, path: str) -> None:
     own = {k for cls in type(module).__mro__ if not issubclass(nn.Module, cls) for k in vars(cls)}
     own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    own -= {"__deepcopy__"} if is_parametrized(module) else set()  # torch's own, which copies as ours does
     if not isinstance(module, fx.GraphModule) and (
         taken := sorted(_RESERVED & own - {"__new__", "__doc__"} - set(vars(nn.Module)))
     ):

@@ -6,7 +6,6 @@ added, normalized or concatenated is neither.
 """
 
 import copy
-import functools
 import inspect
 import operator
 from collections.abc import Iterator
@@ -18,45 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-# Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
-_CONV = {"weight": 1}
-_MATMUL = {"input": 0, "other": 1, "mat2": 1}
-_CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
-    F.linear: ("linear", {"weight": 1}, 0),
-    F.bilinear: ("bilinear", {"weight": 2}, 0),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
-    **dict.fromkeys(
-        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _CONV, 1)
-    ),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
-    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
-    **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": 1, "mat2": 2}, None)),
-    **dict.fromkeys((torch.baddbmm, torch.addbmm, "baddbmm"), ("matmul", {"batch1": 1, "batch2": 2}, None)),
-    torch.tensordot: ("matmul", {"a": 0, "b": 1}, None),
-}
-
-# Looks at the same elements in another shape or number format, in which 0 stays 0.
-_VIEWS = frozenset(
-    """view reshape permute transpose swapaxes swapdims t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind
-    expand contiguous movedim moveaxis view_as reshape_as expand_as broadcast_to to type type_as float half bfloat16 double
-    clone detach""".split()
-)
-_SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
-_INDEXING = frozenset(
-    """getitem index_select select narrow gather take take_along_dim embedding embedding_bag interpolate upsample
-    grid_sample""".split()
-)
-# Reads a parameter without multiplying activations by it along a dimension; whatever is elementwise need not be named.
-_READERS = _INDEXING | frozenset(
-    """cat concat concatenate stack hstack vstack dstack repeat repeat_interleave tile roll flip rot90 pad size dim numel
-    getattr layer_norm group_norm batch_norm instance_norm rms_norm local_response_norm normalize softmax log_softmax mean sum
-    prod amax amin max min norm vector_norm var std var_mean cumsum cumprod logsumexp dropout where masked_fill masked_select
-    index_add index_copy index_put scatter scatter_add masked_scatter copy_ broadcast_tensors meshgrid prelu
-    scaled_dot_product_attention setitem is_floating_point expect_default""".split()
-)
-_METADATA = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"])
-_ALIASES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or"}
+from passes.vocabulary import CONSUMERS, INDEXING, METADATA, READERS, SPLITS, VIEWS, is_pointwise
 
 
 @dataclass(frozen=True)
@@ -156,11 +117,11 @@ def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) 
     if not parameters:
         return _Derived()
     through = tuple(dict.fromkeys([step for i in known for step in i.through] + [_label(module, node)]))
-    return _Derived(parameters, through, _name(node) in _INDEXING or any(i.indexed for i in known))
+    return _Derived(parameters, through, _name(node) in INDEXING or any(i.indexed for i in known))
 
 
 def _is_metadata(node: fx.Node) -> bool:
-    return node.target in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in _METADATA)
+    return node.target in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in METADATA)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -168,10 +129,10 @@ def is_view(node: fx.Node) -> bool:
     if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
-        return _name(node.args[0]) in _SPLITS or _is_full_slice(node.args[1])
+        return _name(node.args[0]) in SPLITS or _is_full_slice(node.args[1])
     if node.target is getattr:
         return node.args[1] in ("T", "mT", "data")
-    return _name(node) in _VIEWS
+    return _name(node) in VIEWS
 
 
 def _is_full_slice(index: Any) -> bool:
@@ -186,7 +147,7 @@ def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]
     if node.target is torch.einsum:
         yield from ((operand, "einsum", None) for operand in node.all_input_nodes)
         return
-    op, positions, out_dim = _CONSUMERS.get(node.target) or _python_function(node)
+    op, positions, out_dim = CONSUMERS.get(node.target) or _python_function(node)
     for name, position in positions.items():
         operand = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         if isinstance(operand, fx.Node):
@@ -219,16 +180,9 @@ def _problem(module: nn.Module, node: fx.Node) -> str:
     if _is_python(node):
         return f"unsupported: the Python function {_name(node)} reads it"
     name = _name(node).strip("_")
-    if is_view(node) or name in _READERS or _is_pointwise(name):
+    if is_view(node) or name in READERS or is_pointwise(name):
         return ""
     return f"unknown: {_name(node)} consumes it"
-
-
-@functools.cache
-def _is_pointwise(name: str) -> bool:
-    packet = getattr(torch.ops.aten, _ALIASES.get(name, name), None)
-    packet = packet or getattr(torch.ops.aten, name.removeprefix("i"), None)  # operator.iadd
-    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 def _name(node: fx.Node) -> str:

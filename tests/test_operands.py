@@ -85,6 +85,24 @@ def test_a_parametrized_weight_is_masked_before_and_after(wrap: Callable[[nn.Mod
     assert list(plain.state_dict()) == list(model.state_dict())
 
 
+class Branching(nn.Module):
+    """Python code that cannot be traced, around a parametrized layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = parametrizations.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+def test_a_parametrized_layer_inside_python_code() -> None:
+    sparse = sparsify(Branching(), density=0.5, inputs=V)
+    assert list(graphs(sparse)) == ["layer"]
+    assert sparse.updater.masks.keys() == {"layer.parametrizations.weight.original1"}
+    assert torch.equal(copy.deepcopy(sparse).eval()(V), sparse.eval()(V))
+
+
 class Reads(nn.Module):
     """One parameter, read by one function."""
 
@@ -111,6 +129,8 @@ READS: dict[
     "einsum": (lambda x, w: torch.einsum("bi,io->bo", x, w), (8, 5), "masked"),
     "bilinear": (lambda x, w: F.bilinear(x, x, w), (5, 8, 8), "masked"),
     "matmul-left": (lambda x, w: torch.matmul(w, x.t()), (5, 8), "masked"),
+    "mv": (lambda x, w: torch.mv(w, x[0]), (5, 8), "masked"),
+    "inner": (lambda x, w: torch.inner(x, w), (5, 8), "masked"),
     "views": (lambda x, w: F.linear(x, w.view(4, 8, 4).permute(0, 2, 1).reshape(16, 8)), (4, 32), "masked"),
     "chunks": (lambda x, w: x @ torch.chunk(w, 2, 1)[0], (8, 10), "masked"),
     "cast": (lambda x, w: x @ w.to(x.dtype).type_as(x)[None, ...].squeeze(0), (8, 5), "masked"),

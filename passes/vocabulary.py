@@ -1,0 +1,57 @@
+"""Vocabulary: what torch's functions and methods do with a tensor that they get."""
+
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
+_CONV = {"weight": 1}
+_MATMUL = {"input": 0, "other": 1, "mat2": 1}
+CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
+    F.linear: ("linear", {"weight": 1}, 0),
+    F.bilinear: ("bilinear", {"weight": 2}, 0),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _CONV, 1)
+    ),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
+    **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": 1, "mat2": 2}, None)),
+    **dict.fromkeys((torch.baddbmm, torch.addbmm, "baddbmm"), ("matmul", {"batch1": 1, "batch2": 2}, None)),
+    torch.tensordot: ("matmul", {"a": 0, "b": 1}, None),
+    **dict.fromkeys((torch.mv, torch.inner, "mv", "inner"), ("matmul", _MATMUL, None)),
+}
+
+# Looks at the same elements in another shape or number format, in which 0 stays 0.
+VIEWS = frozenset(
+    """view reshape permute transpose swapaxes swapdims t flatten unflatten unsqueeze squeeze chunk split tensor_split unbind
+    expand contiguous movedim moveaxis view_as reshape_as expand_as broadcast_to to type type_as float half bfloat16 double
+    clone detach""".split()
+)
+SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
+INDEXING = frozenset(
+    """getitem index_select select narrow gather take take_along_dim embedding embedding_bag interpolate upsample
+    grid_sample""".split()
+)
+# Reads a parameter without multiplying activations by it along a dimension; whatever is elementwise need not be named.
+READERS = INDEXING | frozenset(
+    """cat concat concatenate stack hstack vstack dstack repeat repeat_interleave tile roll flip rot90 pad size dim numel
+    getattr layer_norm group_norm batch_norm instance_norm rms_norm local_response_norm normalize softmax log_softmax mean sum
+    prod amax amin max min norm vector_norm var std var_mean cumsum cumprod logsumexp dropout where masked_fill masked_select
+    index_add index_copy index_put scatter scatter_add masked_scatter copy_ broadcast_tensors meshgrid prelu
+    scaled_dot_product_attention setitem is_floating_point expect_default""".split()
+)
+METADATA = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"])
+_ALIASES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or"}
+
+
+@functools.cache
+def is_pointwise(name: str) -> bool:
+    """Tell whether the function or method of this name works element by element."""
+    packet = getattr(torch.ops.aten, _ALIASES.get(name, name), None)
+    packet = packet or getattr(torch.ops.aten, name.removeprefix("i"), None)  # operator.iadd
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
