@@ -3,15 +3,30 @@
 from passes.captured import graphs
 from sparsify.api import fold, sparsify
 from sparsify.flops import flop_report
-from sparsify.methods import Method, RigL, Static
+from sparsify.history import Topology
+from sparsify.ledger import CostLedger, cost_ledger
+from sparsify.method import Method, Updates
+from sparsify.methods import SET, SNFS, RigL, Static
+from sparsify.pruning import GMP, SNIP
 from sparsify.report import FlopReport
+from sparsify.structured import NM, SRigL
 from sparsify.views import draw_graph, graph_table
 
 __all__ = [
+    "GMP",
+    "NM",
+    "SET",
+    "SNFS",
+    "SNIP",
+    "CostLedger",
     "FlopReport",
     "Method",
     "RigL",
+    "SRigL",
     "Static",
+    "Topology",
+    "Updates",
+    "cost_ledger",
     "draw_graph",
     "flop_report",
     "fold",

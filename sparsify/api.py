@@ -1,7 +1,6 @@
 """The pipeline, as one straight line: trace, find weights, allocate densities, mask, attach the updater."""
 
 import copy
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,14 @@ from passes.fold import fold_
 from passes.mask import Mask, masks_of
 from passes.masking import mask_weights
 from passes.sites import Site, find_sites
+from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
 from sparsify.checks import as_patterns, check_budget, check_model, matching, resolve
-from sparsify.distributions import DISTRIBUTIONS, Distribution, kept, solve_density
+from sparsify.distributions import DISTRIBUTIONS, Distribution
 from sparsify.flops import flop_report
-from sparsify.initialization import random_mask, rescale_to_fan_in
-from sparsify.methods import METHODS, Method
+from sparsify.initialization import rescale_to_fan_in
+from sparsify.layouts import ELEMENTS
+from sparsify.method import Goal, Method
+from sparsify.methods import METHODS
 from sparsify.updater import Updater
 
 Patterns = Mapping[str, float]
@@ -34,6 +36,7 @@ def sparsify(
     inputs: Any = None,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
+    masks: nn.Module | Mapping[str, torch.Tensor] | None = None,
     init: str = "keep",
     seed: int = 0,
     inplace: bool = False,
@@ -49,13 +52,16 @@ def sparsify(
             leaves the first layer dense. Or {pattern: density}, with fnmatch patterns on parameter names: the first that
             matches counts, and weights that none matches stay dense.
         distribution: "uniform", "er", "erk", or a function `(sites, density) -> {name: density}`.
-        method: "rigl", "static", or a record such as `RigL(interval=50)`.
+        method: a name ("rigl", "static", "set", "snfs", "gmp", "snip", "srigl", "nm", ...) or a record such as
+            `RigL(interval=50)`. "gmp" and "snip" start dense, and the density is where they end.
         flops: instead of `density`: the share of the dense inference FLOPs to keep, in (0, 1]; needs `inputs`.
         inputs: what `flop_report` takes; needed for `flops`. Where it is given, a run on its shapes proves that no product
             reads a weight that was not found.
         exclude: fnmatch patterns of parameter names that stay dense.
         include: fnmatch patterns of parameter names that are masked whatever reads them: embeddings, norm gains, weights of
             operations that are not known.
+        masks: instead of a density: a sparsified model to take the masks of, or {parameter name: bool mask}. With the weights
+            a trained network started from they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
         seed: of the random masks.
@@ -76,32 +82,42 @@ def sparsify(
         (161, True)
     """
     check_model(model)
-    check_budget(density, flops, inputs)
     distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
-    adapt_weights = resolve(init, INITS, "init", lambda choice: False)
+    check_budget(density, flops, inputs, _fixed_by(method, masks))
+    adapt_weights = resolve(init, INITS, "init")
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
     included = matching(include, names, "include")
     excluded = {
         name: f"excluded by {pattern!r}" for pattern in exclude for name in matching([pattern], names, "exclude")
     }
+    given = given_masks(masks) if masks is not None else {}
+    excluded |= {
+        name: why for name, why in getattr(getattr(masks, "updater", None), "rules", {}).items() if name in names
+    }
 
     model = model if inplace else copy.deepcopy(model)
     capture = trace(model)
     sites = find_sites(model, capture, included)
-    rules = _dense_by_rule(sites, excluded)
+    rules = _dense_by_rule(sites, excluded, method)
     if inputs is not None:
         _prove_coverage(model, {*excluded, *(site.name for site in sites)}, inputs)
     candidates = [site for site in sites if site.name not in rules]
-    if flops is not None:
-        density = _density_for(model, candidates, distribution, flops, inputs)
-    densities = _allocate(candidates, density, distribution)
-    rules |= {site.name: _why_dense(site, density, distribution) for site in candidates if site.name not in densities}
-    masks = _draw(model, sites, densities, seed)
-    model = install(mask_weights(model, capture, masks), capture)
+    if masks is not None:
+        check_given(given, candidates)
+        counts = {name: int(mask.sum()) for name, mask in given.items()}
+    else:
+        if flops is not None:
+            density = density_for(model, candidates, distribution, method.layout, flops, inputs)
+        counts = allocate(candidates, density, distribution, method.layout)
+    rules |= {site.name: why_dense(site, density, distribution) for site in candidates if site.name not in counts}
+    masked = [site for site in candidates if site.name in counts]
+    goals = {site.name: Goal(counts[site.name], method.layout.unit(site), site.uses[0].out_dim) for site in masked}
+    drawn = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
+    model = install(mask_weights(model, capture, drawn), capture)
     adapt_weights(model, sites)
-    model.updater = Updater(model, method, rules, capture.opaque)
+    model.updater = Updater(model, method, goals, rules, capture.opaque, seed)
     return model
 
 
@@ -118,7 +134,7 @@ def fold(model: nn.Module) -> nn.Module:
         A model of the user's own class, in the same mode.
 
     Raises:
-        ValueError: the model has no masks.
+        ValueError: the model has no masks, or its method has not pruned anything yet.
 
     Example:
         >>> plain = fold(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
@@ -130,14 +146,32 @@ def fold(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model)
     updater = plain.get_submodule("updater")
     assert isinstance(updater, Updater)
+    if not updater.pruned:
+        raise ValueError(
+            f"Nothing is pruned yet: method {updater.method.name!r} starts dense and prunes while it trains. Train first; "
+            f"to fold masks without training, sparsify with method='static'."
+        )
     updater.remove()
     return fold_(plain)
 
 
-def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str]) -> dict[str, str]:
+def _fixed_by(method: Method, masks: Any) -> str:
+    """Say what fixes the number of kept weights, if it is not a density."""
+    if masks is None:
+        return f"method {method.name!r} with {method.layout.fixed}" if method.layout.fixed else ""
+    if method.prunes or method.layout is not ELEMENTS:
+        why = "starts dense" if method.prunes else f"draws masks of {method.layout.name}"
+        raise ValueError(
+            f"masks and method {method.name!r} contradict: it {why}. Use 'static', 'rigl' or another method."
+        )
+    return "masks"
+
+
+def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str], method: Method) -> dict[str, str]:
     if not sites:
         raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
-    rules = {s.name: excluded.get(s.name, s.problem) for s in sites if s.problem or s.name in excluded}
+    reasons = {s.name: excluded.get(s.name) or s.problem or method.layout.refuse(s) for s in sites}
+    rules = {name: why for name, why in reasons.items() if why}
     for name, why in rules.items():
         if why.startswith("unknown"):
             raise ValueError(
@@ -161,61 +195,19 @@ def _prove_coverage(model: nn.Module, known: set[str], inputs: Any) -> None:
             )
 
 
-def _allocate(sites: Sequence[Site], density: Any, distribution: Distribution) -> dict[str, float]:
-    if isinstance(density, Mapping):
-        matching(density, [s.name for s in sites], "density")
-        first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
-        densities = {name: value for name, value in first.items() if value is not None}
-    else:
-        densities = distribution(sites, density)
-    if not densities:
-        raise ValueError(
-            "Every weight would stay dense, so there is nothing to mask: give a density pattern or another distribution."
-        )
-    for name, value in densities.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
-    return densities
-
-
-def _why_dense(site: Site, density: Any, distribution: Distribution) -> str:
-    if isinstance(density, Mapping):
-        return "no density pattern matches"
-    name = getattr(distribution, "__name__", "the distribution")
-    return f"first layer, dense under {name}" if site.index == 0 else f"left dense by {name}"
-
-
-def _density_for(
-    model: nn.Module, sites: Sequence[Site], distribution: Distribution, flops: float, inputs: Any
-) -> float:
-    report = flop_report(model, inputs)
-    macs = {layer.name: layer.dense_macs for layer in report.layers if layer.weight_shape}
-    sizes = {site.name: site.size for site in sites}
-
-    def ratio(density: float) -> float:
-        densities = distribution(sites, density)
-        saved = sum(macs.get(name, 0) * (1 - kept(d, sizes[name]) / sizes[name]) for name, d in densities.items())
-        return 1 - saved / report.dense_macs
-
-    return solve_density(ratio, flops)
-
-
-def _draw(model: nn.Module, sites: Sequence[Site], densities: Mapping[str, float], seed: int) -> dict[str, Mask]:
-    masks = {}
-    for site in sites:
-        if site.name in densities:
-            weight = model.get_parameter(site.name)
-            count = kept(densities[site.name], site.size)
-            masks[site.name] = Mask(_mask_like(weight, site, count, seed), count)
-    return masks
-
-
-def _mask_like(weight: torch.Tensor, site: Site, count: int, seed: int) -> torch.Tensor:
-    """Draw a mask with the device and strides of its weight."""
+def _mask(model: nn.Module, site: Site, goal: Goal, given: torch.Tensor | None, method: Method, seed: int) -> Mask:
+    """Make a weight's first mask, with the weight's device and strides."""
+    weight = model.get_parameter(site.name)
+    count = site.size if method.prunes else goal.target
     if weight.is_meta:
-        return torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool, device="meta")
-    mask = random_mask(site.shape, count, seed, site.name).to(weight.device)
-    return mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+        return Mask(torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool, device="meta"), count)
+    if given is not None:
+        mask = given
+    elif count == site.size:
+        mask = torch.ones(site.shape, dtype=torch.bool)
+    else:
+        mask = method.layout.draw(site, count, seed)
+    return Mask(torch.empty_like(weight, dtype=torch.bool).copy_(mask), count)
 
 
 def _keep_weights(model: nn.Module, sites: Sequence[Site]) -> None:

@@ -1,54 +1,138 @@
-"""Attachment: one optimizer, the masked weights it trains, and what an update does to both."""
+"""Attachment: one optimizer, the masked weights it trains, and what its hooks do at every step."""
 
-import functools
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from passes.mask import Mask, masks_of, zero_dropped_
+from passes.mask import masks_of, zero_dropped_
 from sparsify import optimizers as opt
-from sparsify.methods import Updates
-from sparsify.topology import drop_and_grow
+from sparsify.method import Method
+from sparsify.scores import LayerState
+from sparsify.update import Bound, observe, update_layers
+
+if TYPE_CHECKING:
+    from sparsify.updater import Updater
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A masked weight that an attached optimizer trains."""
-
-    name: str
-    weight: nn.Parameter
-    mask: Mask
-
-
-@dataclass
 class Attachment:
     """One optimizer, the masked weights it trains, and how many steps it has taken.
 
-    `corrected` are those that an ordinary step may move off 0: all of an optimizer that is not known to keep zeros, and
-    those that Python code outside the graphs may read past their mask.
+    Args:
+        updater: of the model; it holds method, schedule and everything that a `state_dict` has to hold.
+        model: the masked model.
+        optimizer: made from the model's parameters.
+        exposed: names of the weights that Python code outside the graphs may read past their mask.
+        step: the optimizer steps taken so far.
     """
 
-    optimizer: Optimizer
-    bound: list[Bound]
-    corrected: list[Bound]
-    step: int
-    handles: list[Any]
+    def __init__(
+        self, updater: "Updater", model: nn.Module, optimizer: Optimizer, exposed: list[str], step: int
+    ) -> None:
+        self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
+        own = set(opt.parameters(optimizer))
+        weights = {name: (model.get_parameter(name), mask) for name, mask in masks_of(model).items()}
+        self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
+        # Those that an ordinary step may move off 0.
+        self.corrected = [b for b in self.bound if not opt.keeps_zeros(optimizer) or b.name in exposed]
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+        _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
 
-    def set_dense_gradients(self, dense: bool) -> None:
-        """Choose whether the next gradients of its weights are dense."""
+    def remove(self) -> None:
+        """Let go of the optimizer."""
+        self._set_dense_gradients(False)
+        for handle in self._handles:
+            handle.remove()
+
+    def settle(self) -> None:
+        """Derive from the step whether the next gradients have to be dense."""
+        self._set_dense_gradients(self._dense_at(self.step + 1))
+
+    def _set_dense_gradients(self, dense: bool) -> None:
         for b in self.bound:
             b.mask.dense_gradient = dense
 
+    def _updates_at(self, step: int) -> bool:
+        updates = self.updater.method.updates
+        return updates is not None and step in updates.steps(self.updater.total_steps)
 
-def check_attach(
-    model: nn.Module, updates: Updates | None, optimizers: tuple[Optimizer, ...], total_steps: int
-) -> None:
+    def _dense_at(self, step: int) -> bool:
+        updates = self.updater.method.updates
+        return updates is not None and updates.dense_at(step, self.updater.total_steps)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        updates, step = self.updater.method.updates, self.step + 1
+        if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
+            return None
+        observes = updates.momentum is not None or updates.dense_gradients == "always"
+        changes = updates.replaces_step() and self._updates_at(step)
+
+        def action() -> None:
+            if observes:
+                self._observe()
+            if changes:
+                self._update(step)
+
+        return opt.before_step(optimizer, args, kwargs, action) if observes or changes else None
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        step, updates = self.step, self.updater.method.updates
+        changed = self._updates_at(step)
+        if not (changed and updates and updates.replaces_step()):
+            _zero_all_dropped(self.corrected)
+            if changed:
+                self._update(step)
+        if changed:
+            opt.forget_history(optimizer)
+        if self._dense_at(step + 1) != self._dense_at(step):
+            self.settle()
+
+    @torch.no_grad()
+    def _observe(self) -> None:
+        assert self.updater.method.updates is not None
+        for b in self.bound:
+            observe(self.updater.method.updates, b, self.updater.momentum(b.name), self.optimizer)
+
+    def _update(self, step: int) -> None:
+        """Change the topology: after an ordinary step, or instead of it."""
+        method = self.updater.method
+        assert method.updates is not None
+        _check_bound(self.model, self.bound)
+        layers = [(b, state) for b in self.bound if (state := self._state(b, step))]
+        amount = method.updates.amount(step, self.updater.total_steps)
+        done = update_layers(method, layers, amount, self.optimizer, self.updater.skipped)
+        if done:
+            self.updater.record(step)
+        if method.updates.replaces_step():
+            opt.skip_step(self.optimizer)
+            self.step -= not done  # a step that neither trained nor updated does not count
+
+    def _state(self, b: Bound, step: int) -> LayerState | None:
+        """Return what the update sees of a weight; None if there is nothing to change or to go by."""
+        method, goal, mask = self.updater.method, self.updater.goals[b.name], b.mask
+        assert method.updates is not None
+        if goal.target == mask.mask.numel() and not method.prunes:  # which may prune by one threshold for all layers
+            return None
+        gradient = None
+        if method.updates.replaces_step():
+            gradient = opt.dense_gradient(self.optimizer, b.weight)
+            if gradient is None and method.prunes and b.weight.requires_grad:
+                raise RuntimeError(
+                    f"{b.name} has no gradient, by which method {method.name!r} prunes in this step. Call backward() on the "
+                    f"loss of a batch before optimizer.step(), or freeze the weight (requires_grad_(False))."
+                )
+            if gradient is None:
+                return None
+        counts, where = (mask.nonzeros, goal.target, goal.unit), (goal.out_dim, gradient, self.updater.momentum(b.name))
+        return LayerState(b.name, b.weight, mask.mask, *counts, *where, step, self.updater.seed)
+
+
+def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
     """Raise unless the optimizers can drive the updates of this model for so many steps."""
     if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
         raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
@@ -56,10 +140,10 @@ def check_attach(
         raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
     if len(set(optimizers)) < len(optimizers):
         raise ValueError("attach() was given the same optimizer twice.")
-    if updates and updates.interval >= updates.end_fraction * total_steps:
+    if method.updates and not method.updates.steps(total_steps):
         raise ValueError(
-            f"No update would ever run: interval={updates.interval} is not below end_fraction * total_steps = "
-            f"{updates.end_fraction * total_steps:g}. Lower the interval or train longer; method='static' never updates."
+            f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}. Lower its interval "
+            f"or train longer; method='static' never updates."
         )
     own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
     weights = {name: model.get_parameter(name) for name in masks_of(model)}
@@ -71,45 +155,18 @@ def check_attach(
         )
 
 
-def all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Tell on the device whether every gradient is free of NaN and inf, as a bool tensor of no dimension."""
-    # Minimum and maximum propagate NaN, and read each gradient once.
-    extremes = [extreme.to(device) for gradient in gradients for extreme in gradient.aminmax()]
-    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
-
-
-def each_layer(changes: Iterable[functools.partial[None]]) -> None:
-    """Run the changes of independent layers: one after the other on a device, side by side on the CPU, largest first."""
-    ordered = sorted(changes, key=lambda change: -change.args[1].numel())
-    if all(change.args[1].device.type == "cpu" for change in ordered):
-        list(_workers(os.getpid()).map(lambda change: change(), ordered))
-    else:
-        for change in ordered:
-            change()
-
-
-@functools.cache
-def _workers(process: int) -> ThreadPoolExecutor:
-    """The threads of this process, kept: starting them anew costs as much as an update. A fork gets its own."""
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="sparsify-update")
+def _check_bound(model: nn.Module, bound: list[Bound]) -> None:
+    masks = masks_of(model)
+    for b in bound:
+        if masks.get(b.name) is not b.mask or model.get_parameter(b.name) is not b.weight:
+            raise RuntimeError(
+                f"{b.name} was replaced while the updater is attached. Call updater.detach(), make an optimizer for the "
+                f"model as it is now, and attach that."
+            )
 
 
 @torch.no_grad()
-def change(bound: Bound, gradient: Tensor, k: int, finite: Tensor, updates: Updates, optimizer: Optimizer) -> None:
-    """Update one mask, and zero the weight and the optimizer's state wherever it changed."""
-    mask, weight = bound.mask, bound.weight
-    new = drop_and_grow(weight, updates.keep_score, gradient, updates.growth_score, mask.mask, k)
-    changed = mask.mask.logical_xor(new)
-    changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
-    mask.mask.logical_xor_(changed)
-    zero_dropped_(weight, mask.mask)
-    unchanged = changed.logical_not_()
-    for state in opt.state_tensors(optimizer, weight):
-        zero_dropped_(state, unchanged)
-
-
-@torch.no_grad()
-def zero_all_dropped(bound: list[Bound]) -> None:
+def _zero_all_dropped(bound: list[Bound]) -> None:
     """Set every dropped weight back to 0, after an optimizer that may have moved them."""
     for b in bound:
         zero_dropped_(b.weight, b.mask.mask)

@@ -23,9 +23,11 @@ def check_model(model: Any) -> None:
         raise ValueError("The model has an attribute 'updater', where sparsify() puts its own. Rename it.")
 
 
-def check_budget(density: Any, flops: Any, inputs: Any) -> None:
-    """Raise unless exactly one of density and flops is given, in range."""
-    if (density is None) == (flops is None):
+def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None:
+    """Raise unless exactly one of density and flops is given, in range, or none where something else fixes the counts."""
+    if fixed and (density is not None or flops is not None):
+        raise ValueError(f"{fixed} says how many weights are kept, so give neither density nor flops.")
+    if not fixed and (density is None) == (flops is None):
         raise ValueError("Give exactly one of density and flops.")
     for pattern, value in density.items() if isinstance(density, Mapping) else [("density", density), ("flops", flops)]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -37,9 +39,24 @@ def check_budget(density: Any, flops: Any, inputs: Any) -> None:
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
 
-def resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool]) -> T:
+def check_whole(name: str, value: Any) -> None:
+    """Raise unless an option is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def check_between(name: str, value: Any, open_above: bool = False, closed_below: bool = False) -> None:
+    """Raise unless an option lies in (0, 1], or with 0, or without 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (open_above and value == 1) or (not closed_below and value == 0):
+        raise ValueError(
+            f"{name}={value!r} must lie in {'[' if closed_below else '('}0, 1{')' if open_above else ']'}."
+        )
+
+
+def resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool] | None = None) -> T:
     """Turn a name into what it stands for; what `accepts` accepts stands for itself."""
-    if accepts(choice):
+    if accepts and accepts(choice):
         return choice
     if not isinstance(choice, str) or choice not in known:
         near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)

@@ -12,7 +12,9 @@ from passes.mask import Mask, masks_of
 from passes.recorder import Operation
 from passes.shapes import record
 from passes.sites import leaf_weights
+from sparsify.method import Method
 from sparsify.report import FlopReport, Layer
+from sparsify.spending import NOMINAL_STEPS, forecast
 
 
 def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
@@ -43,21 +45,37 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     run = record(model, args, kwargs)
     products, macs, other, uncounted = _tally(run.operations)
     layers = (*_weight_layers(model, macs), *products)
-    method = getattr(model._modules.get("updater"), "method", None)
-    dense, sparse = sum(x.dense_macs for x in layers), sum(x.sparse_macs for x in layers)
-    ratio = sparse / dense if dense else 1.0
+    method, goals, total_steps = _training_of(model)
+    final = sum(_macs_at(x.dense_macs, goals.get(x.name, x.nonzeros), x.params, x.sparse_macs) for x in layers)
+    dense = sum(x.dense_macs for x in layers)
+    ratio = final / dense if dense else 1.0
     return FlopReport(
         type(model).__name__,
         tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
         method.name if method else "none",
         layers,
         *_bytes(model),
+        ratio,
         method.training_ratio(ratio) if method else 1.0,
-        method.exact_training_ratio(ratio) if method else 1.0,
+        forecast(method, ratio, total_steps) if method else 1.0,
+        total_steps,
         other,
         uncounted,
         run.measured,
     )
+
+
+def _training_of(model: nn.Module) -> tuple[Method | None, dict[str, int], int]:
+    """Return the method, the counts it will end with where it prunes, and the steps to forecast."""
+    updater: Any = model._modules.get("updater")
+    if updater is None:
+        return None, {}, 0
+    goals = {name: goal.target for name, goal in updater.goals.items()} if updater.method.prunes else {}
+    return updater.method, goals, updater.total_steps or NOMINAL_STEPS
+
+
+def _macs_at(dense: int, nonzeros: int, params: int, sparse: int) -> int:
+    return dense * nonzeros // params if params else sparse  # products have no parameters
 
 
 def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

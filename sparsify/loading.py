@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from passes.mask import Mask, masks_of, zero_dropped_
+from sparsify.history import State
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
-    numbers = state_dict.get(f"{prefix}updater._extra_state", torch.zeros(3, dtype=torch.int64)).tolist()
-    saved_counts = numbers[3 + numbers[2] :]  # the layout of Updater.get_extra_state
-    counts = dict(zip(masks, saved_counts, strict=True)) if len(saved_counts) == len(masks) else {}
+    state = state_dict.get(f"{prefix}updater._extra_state")
+    counts = _saved_counts(model, state) if state is not None else {}
     for name, mask in masks.items():
         saved = state_dict.get(f"{prefix}{name}_mask.mask")
         if saved is None:
@@ -31,6 +31,14 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
                 f"The state_dict's mask of {name} keeps {total} weights, its own count says {counts.get(name)}: "
                 f"the file is damaged or was edited."
             )
+
+
+def _saved_counts(model: nn.Module, state: Tensor) -> dict[str, int]:
+    goals = getattr(model._modules.get("updater"), "goals", {})
+    counts = State.decode(state).nonzeros
+    if len(counts) != len(goals):
+        raise ValueError(f"The state_dict is of {len(counts)} masked weights, the model has {len(goals)}.")
+    return dict(zip(goals, counts, strict=True))
 
 
 def settle_after_load(model: nn.Module) -> None:

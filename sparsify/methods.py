@@ -1,99 +1,25 @@
-"""Methods: what a sparse training method is, a frozen record of functions."""
+"""Methods: the published ones, each a record composed of schedules, plans, scores and a layout."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from sparsify import costs, scores
+from sparsify.checks import resolve
+from sparsify.growth import GROWTH_INITS
+from sparsify.layouts import ELEMENTS, KERNELS
+from sparsify.method import Method, steady_updates
+from sparsify.plans import redistribute
+from sparsify.pruning import GMP, SNIP
+from sparsify.structured import NM, SRigL
 
-from sparsify import schedules
-
-
-@dataclass(frozen=True)
-class Updates:
-    """When a topology changes, by how much, and what decides.
-
-    A step t (counted from 1) updates the topology where t % interval == 0 and t < end_fraction * total_steps.
-    """
-
-    interval: int
-    end_fraction: float
-    drop_fraction: Callable[[int, float], float]  # (step, end_step): share of the active weights that is dropped
-    keep_score: Callable[[Tensor], Tensor]  # weight: the lowest are dropped
-    growth_score: Callable[[Tensor], Tensor]  # dense gradient: the highest are grown
-
-    def at(self, step: int, end_step: float) -> bool:
-        """Tell whether the topology changes in this step."""
-        return step % self.interval == 0 and step < end_step
-
-
-@dataclass(frozen=True)
-class Method:
-    """A sparse training method.
-
-    Both ratios map f_S, the inference FLOPs relative to dense, to the training FLOPs relative to dense: `training_ratio`
-    by the published closed form of the method, `exact_training_ratio` by the ledger of a run of this library, where an
-    update replaces an optimizer step and updates end at end_step.
-    """
-
-    name: str
-    training_ratio: Callable[[float], float]
-    exact_training_ratio: Callable[[float], float]
-    updates: Updates | None = None  # None: the topology never changes
-
-
-def magnitude(tensor: Tensor) -> Tensor:
-    """Score by absolute value."""
-    return tensor.abs()
-
-
-def _rigl_ratio(interval: int, inference_ratio: float) -> float:
-    # (3 f_S dT + 2 f_S + f_D) / (dT + 1) relative to 3 f_D: RigL paper, appendix H
-    return (3 * inference_ratio * interval + 2 * inference_ratio + 1) / (interval + 1) / 3
-
-
-def _rigl_ledger(interval: int, end_fraction: float, inference_ratio: float) -> float:
-    # ((dT - 1) 3 f_S + 2 f_S + f_D) / dT while updates run, 3 f_S afterwards, relative to 3 f_D
-    updating = ((interval - 1) * 3 * inference_ratio + 2 * inference_ratio + 1) / interval / 3
-    return end_fraction * updating + (1 - end_fraction) * inference_ratio
-
-
-def _sparse_ratio(inference_ratio: float) -> float:
-    return inference_ratio  # 3 f_S relative to 3 f_D
-
-
-def RigL(interval: int = 100, drop_fraction: float = 0.3, end_fraction: float = 0.75) -> Method:  # noqa: N802
-    """Rigging the lottery (Evci et al., arXiv 1911.11134, Algorithm 1): drop small weights, grow by dense gradient.
-
-    Args:
-        interval: optimizer steps between updates (Delta T), at least 1.
-        drop_fraction: alpha, the share of active weights dropped at the start, in (0, 1); a cosine takes it to 0.
-        end_fraction: share of training after which the topology stays as it is (T_end / T), in (0, 1].
-
-    Returns:
-        The method's record.
-
-    Raises:
-        ValueError: an argument is out of range.
-
-    Example:
-        >>> RigL(interval=50).updates.at(step=100, end_step=750.0)
-        True
-    """
-    _check_whole("interval", interval)
-    _check_between("drop_fraction", drop_fraction, open_above=True)
-    _check_between("end_fraction", end_fraction)
-    return Method(
-        "rigl",
-        partial(_rigl_ratio, interval),
-        partial(_rigl_ledger, interval, end_fraction),
-        Updates(interval, end_fraction, partial(schedules.cosine, drop_fraction), magnitude, magnitude),
-    )
+_SHARES = {"gradient": scores.gradient, "momentum": scores.momentum}
+_LAYOUTS = {"elements": ELEMENTS, "kernels": KERNELS}
+_MOMENTUM = 0.9  # decay of the moving average of gradients in SNFS
 
 
 def Static() -> Method:  # noqa: N802
-    """Static sparse training: the masks drawn at the start never change.
+    """Static sparse training: the masks drawn or given at the start never change.
 
     Returns:
         The method's record.
@@ -102,18 +28,129 @@ def Static() -> Method:  # noqa: N802
         >>> Static().updates is None
         True
     """
-    return Method("static", _sparse_ratio, _sparse_ratio)
+    return Method("static", costs.sparse)
 
 
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+def RigL(  # noqa: N802
+    interval: int = 100,
+    drop_fraction: float = 0.3,
+    end_fraction: float = 0.75,
+    *,
+    drop_schedule: str = "cosine",
+    growth_init: str = "zeros",
+    redistribution: str | None = None,
+    layout: str = "elements",
+) -> Method:
+    """Rigging the lottery (Evci et al., arXiv 1911.11134, Algorithm 1): drop small weights, grow by dense gradient.
+
+    Args:
+        interval: optimizer steps between updates (Delta T), at least 1.
+        drop_fraction: alpha, the share of active weights dropped at the start, in (0, 1).
+        end_fraction: share of training after which the topology stays as it is (T_end / T), in (0, 1].
+        drop_schedule: how the drop fraction changes: "cosine", "constant", "linear" or "inverse_power".
+        growth_init: of newly grown weights: "zeros", "random" (of the size of the active ones) or "gradient" (a small step
+            against it); RigL paper, appendix on the initialization of new connections.
+        redistribution: None keeps every layer's count; "gradient" (RigL-SG) and "momentum" (RigL-SM) grow where the mean
+            |gradient| or |moving average of the gradient| of the active weights is high (arXiv 2103.15767).
+        layout: "elements", or "kernels" to drop and grow whole kernels of a convolution.
+
+    Returns:
+        The method's record.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+
+    Example:
+        >>> RigL(interval=50).updates.steps(400)
+        range(50, 300, 50)
+    """
+    kind = resolve(layout, _LAYOUTS, "layout")
+    updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
+    updates = replace(updates, growth_init=resolve(growth_init, GROWTH_INITS, "growth_init"), **_shares(redistribution))
+    if redistribution and kind is not ELEMENTS:
+        raise ValueError("redistribution needs layout='elements': layers exchange single weights, not kernels.")
+    name = {None: "rigl", "gradient": "rigl-sg", "momentum": "rigl-sm"}[redistribution]
+    return Method("rigl-struct" if kind is KERNELS else name, partial(costs.rigl, interval), updates, kind)
 
 
-def _check_between(name: str, value: Any, open_above: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1 or (open_above and value == 1):
-        raise ValueError(f"{name}={value!r} must lie in (0, 1{')' if open_above else ']'}.")
+def SET(  # noqa: N802
+    interval: int = 100, drop_fraction: float = 0.3, end_fraction: float = 0.75, *, drop_schedule: str = "cosine"
+) -> Method:
+    """Sparse evolutionary training (Mocanu et al., arXiv 1707.04780): drop small weights, grow at random.
+
+    Args:
+        interval: optimizer steps between updates, at least 1.
+        drop_fraction: zeta, the share of active weights dropped at the start, in (0, 1).
+        end_fraction: share of training after which the topology stays as it is, in (0, 1].
+        drop_schedule: "cosine" (as the RigL paper runs it), "constant" (as published), "linear" or "inverse_power".
+
+    Returns:
+        The method's record.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+
+    Example:
+        >>> SET().updates.dense_gradients
+        'never'
+    """
+    updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
+    return Method("set", costs.sparse, replace(updates, growth_score=scores.chance, dense_gradients="never"))
 
 
-METHODS: dict[str, Method] = {"rigl": RigL(), "static": Static()}
+def SNFS(  # noqa: N802
+    interval: int = 100, drop_fraction: float = 0.3, end_fraction: float = 0.75, *, drop_schedule: str = "cosine"
+) -> Method:
+    """Sparse networks from scratch (Dettmers & Zettlemoyer, arXiv 1907.04840): grow and redistribute by sparse momentum.
+
+    A moving average of the dense gradient (decay 0.9) decides which weights grow, and its mean over a layer's active weights
+    how many. It needs the dense gradient in every step until updates end.
+
+    Args:
+        interval: optimizer steps between updates, at least 1.
+        drop_fraction: the share of active weights dropped at the start, in (0, 1).
+        end_fraction: share of training after which the topology stays as it is, in (0, 1].
+        drop_schedule: "cosine", "constant", "linear" or "inverse_power".
+
+    Returns:
+        The method's record.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+
+    Example:
+        >>> SNFS().training_ratio(0.25)
+        0.5
+    """
+    updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
+    updates = replace(updates, growth_score=scores.momentum, dense_gradients="always", **_shares("momentum"))
+    return Method("snfs", costs.snfs, updates)
+
+
+def _shares(redistribution: str | None) -> dict[str, Any]:
+    """What redistribution changes in a record of updates."""
+    if redistribution is None:
+        return {}
+    score = resolve(redistribution, _SHARES, "redistribution")
+    plan = partial(redistribute, score)
+    return {"plan": plan, "counts_vary": True, "momentum": _MOMENTUM if score is scores.momentum else None}
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Static(),
+        SET(),
+        SNFS(),
+        RigL(),
+        RigL(redistribution="gradient"),
+        RigL(redistribution="momentum"),
+        RigL(layout="kernels"),
+        SRigL(),
+        NM(),
+        GMP(),
+        GMP(scope="global"),
+        SNIP(scope="layer"),
+        SNIP(),
+    )
+}

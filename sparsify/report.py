@@ -51,8 +51,10 @@ class FlopReport:
     layers: tuple[Layer, ...]
     dense_bytes: int
     sparse_bytes: int
-    training_ratio: float
-    exact_training_ratio: float
+    final_ratio: float  # inference FLOPs relative to dense at the end of training; lower than now if the method prunes
+    training_ratio: float  # training FLOPs relative to dense, by the published closed form
+    exact_training_ratio: float  # by the schedule of a run of `total_steps` steps
+    total_steps: int
     other_flops: int = 0
     uncounted: dict[str, int] = field(default_factory=dict)
     measured: bool = False  # on the given data, because shapes depend on it
@@ -121,12 +123,14 @@ class FlopReport:
         lines = [
             f"{self.model} on {shapes}, method {self.method} (1 MAC = 1 multiply-accumulate; FLOPs = 2 * MACs)",
             f"inference: {self.inference_ratio:.4f} of dense ({_short(self.sparse_macs)} of {_short(self.dense_macs)} MACs)",
-            f"training:  {self.training_ratio:.4f} of dense by the published formula, {self.exact_training_ratio:.4f} for a run"
-            f" of this library, whose updates replace a step",
+            f"training:  {self.training_ratio:.4f} of dense by the published formula, {self.exact_training_ratio:.4f} by the"
+            f" schedule of {self.total_steps:,} steps",
             f"file:      {self.sparse_bytes / max(self.dense_bytes, 1):.4f} of dense ({_short(self.sparse_bytes)}B of "
             f"{_short(self.dense_bytes)}B; masks at 1 bit per weight included)",
             f"apart:     {_short(self.other_flops)} FLOPs in norms, pooling and resizing, as fvcore counts them",
         ]
+        if self.final_ratio != self.inference_ratio:
+            lines.insert(2, f"at the end: {self.final_ratio:.4f} of dense, when {self.method} has pruned")
         if self.measured:
             lines.append("measured:  shapes depend on data in this model, so the MACs are those of these inputs")
         if dead := sum(layer.dead_outputs for layer in self.layers):

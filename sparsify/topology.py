@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Score = Callable[[Tensor], Tensor]  # elementwise
+Elementwise = Callable[[Tensor], Tensor]
 
 _SAMPLES = 8192  # enough to bracket a threshold within about 1% of a layer
 _CHUNK = 1 << 18  # elements: what one chunk needs besides its input stays in the cache
 
 
-def select(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
+def select(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
     """Mark the `k` elements of highest score among some positions; ties go to the lowest index.
 
     Args:
@@ -38,7 +38,7 @@ def select(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
     return choose(tensor.flatten(), score, k, among.flatten()).view(tensor.shape)
 
 
-def _select_on_device(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
+def _select_on_device(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
     """Select with fixed shapes and no host synchronisation: every position above the k-th score, then the first ties."""
     scores = torch.where(among, score(tensor), -torch.inf)  # (n,)
     threshold = scores.topk(k).values[-1]
@@ -46,7 +46,7 @@ def _select_on_device(tensor: Tensor, score: Score, k: int, among: Tensor) -> Te
     return above | (tied & (tied.cumsum(0) <= k - above.sum()))
 
 
-def _select_on_cpu(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tensor:
+def _select_on_cpu(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
     """Select near memory speed: a sample brackets the k-th score, and only what lies in the bracket is partitioned."""
     low, high = _bracket(tensor, score, k, among)
     chosen, positions, candidates = _split(tensor, score, among, low, high)
@@ -62,7 +62,7 @@ def _select_on_cpu(tensor: Tensor, score: Score, k: int, among: Tensor) -> Tenso
     return torch.from_numpy(chosen)
 
 
-def _split(tensor: Tensor, score: Score, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
+def _split(tensor: Tensor, score: Elementwise, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
     """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
     chosen = np.empty(tensor.shape, dtype=bool)
     positions, candidates = [], []
@@ -77,7 +77,7 @@ def _split(tensor: Tensor, score: Score, among: Tensor, low: float, high: float)
     return chosen, np.concatenate(positions), np.concatenate(candidates)
 
 
-def _bracket(tensor: Tensor, score: Score, k: int, among: Tensor) -> tuple[float, float]:
+def _bracket(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> tuple[float, float]:
     """Return two scores between which the k-th highest of the allowed ones should lie."""
     if len(tensor) < 2 * _SAMPLES:
         return -np.inf, np.inf
@@ -91,31 +91,57 @@ def _bracket(tensor: Tensor, score: Score, k: int, among: Tensor) -> tuple[float
     return sample[low] if low >= 0 else -np.inf, sample[high] if high < sample.size else np.inf
 
 
-def _scores(tensor: Tensor, score: Score) -> np.ndarray:
+def _scores(tensor: Tensor, score: Elementwise) -> np.ndarray:
     scores = score(tensor)
     return (scores.float() if scores.element_size() < 4 else scores).numpy()  # numpy knows no bfloat16
 
 
-def drop_and_grow(weight: Tensor, keep: Score, gradient: Tensor, growth: Score, mask: Tensor, k: int) -> Tensor:
-    """Drop the `k` active weights of lowest score, then grow the `k` candidates of highest score (RigL, Algorithm 1).
+def drop_and_grow(leaving: Tensor, coming: Tensor | None, mask: Tensor, drop: int, grow: int) -> Tensor:
+    """Drop the active weights of lowest |score|, then grow the candidates of highest |score| (RigL, Algorithm 1).
 
     Candidates are the inactive weights and those just dropped, so a dropped weight may come straight back.
 
     Args:
-        weight: floating point, any shape.
-        keep: score of a weight for staying active (|w| for RigL).
-        gradient: dense, the same shape.
-        growth: score of a gradient for becoming active (|g| for RigL).
+        leaving: scores that decide what is dropped (the weight itself for RigL), floating point, any shape.
+        coming: scores that decide what is grown (the dense gradient for RigL), the same shape; None if `grow` is 0.
         mask: bool, the same shape.
-        k: how many, from 0 to the number of active weights.
+        drop: how many, from 0 to the number of active weights.
+        grow: how many, from 0 to the number of candidates.
 
     Returns:
-        The new mask, with as many True elements as the old one.
+        The new mask.
 
     Example:
         >>> weight, grad = torch.tensor([4.0, -1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0, -3.0, 1.0])
-        >>> drop_and_grow(weight, torch.abs, grad, torch.abs, weight != 0, 1)
+        >>> drop_and_grow(weight, grad, weight != 0, 1, 1)
         tensor([ True, False,  True,  True, False])
     """
-    kept = select(weight, lambda w: -keep(w), k, among=mask).logical_xor_(mask)  # the mask without what is dropped
-    return kept.logical_or_(select(gradient, growth, k, among=~kept))
+    kept = select(leaving, lowest, drop, among=mask).logical_xor_(mask)  # the mask without what is dropped
+    if coming is None or not grow:
+        return kept
+    return kept.logical_or_(select(coming, torch.abs, grow, among=~kept))
+
+
+def lowest(tensor: Tensor) -> Tensor:
+    """Score the elements of smallest absolute value highest."""
+    return -tensor.abs()
+
+
+def highest_of_rows(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Mask the `count` highest elements of every row; ties go to the lowest index.
+
+    Args:
+        scores: (rows, width), without NaN.
+        count: at most `width`, or an integer tensor of no dimension.
+
+    Returns:
+        bool, (rows, width).
+
+    Example:
+        >>> highest_of_rows(torch.tensor([[1.0, 3.0, 3.0], [5.0, 0.0, 4.0]]), 1)
+        tensor([[False,  True, False],
+                [ True, False, False]])
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    first = (torch.arange(scores.shape[1], device=scores.device) < count).expand_as(order)
+    return torch.zeros_like(first, memory_format=torch.contiguous_format).scatter_(1, order, first)

@@ -4,9 +4,9 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 `model.updater`, so that one `state_dict` holds masks, step and schedule.
 """
 
-import functools
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from passes.mask import masks_of
-from sparsify import optimizers as opt
-from sparsify.attachment import Attachment, Bound, all_finite, change, check_attach, each_layer, zero_all_dropped
+from sparsify.attachment import Attachment, check_attach
+from sparsify.history import State, Topology
 from sparsify.loading import check_before_load, settle_after_load
-from sparsify.methods import Method, Updates
+from sparsify.method import Goal, Method
 
 
 class Updater(nn.Module):
@@ -26,22 +26,37 @@ class Updater(nn.Module):
     Args:
         model: the masked model that owns this module.
         method: what to drop and grow, and when.
+        goals: {parameter name: goal} of every masked weight.
         rules: {parameter name: reason} for every weight that is dense by rule or cannot be masked.
         opaque: paths of the modules whose own code is not part of a graph.
+        seed: of what the method draws at random.
     """
 
     skipped: Tensor
 
-    def __init__(self, model: nn.Module, method: Method, rules: Mapping[str, str], opaque: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        goals: Mapping[str, Goal],
+        rules: Mapping[str, str],
+        opaque: Iterable[str] = (),
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.method = method
+        self.goals = dict(goals)
         self.rules = dict(rules)
+        self.seed = seed
         self._opaque = tuple(opaque)
         self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
-        self._sites = tuple(masks_of(model))
         self._attached: list[Attachment] = []
         self._steps = [0]
         self._total_steps = 0
+        self._history: list[tuple[int, tuple[int, ...]]] = []
+        if method.updates and method.updates.momentum is not None:
+            for name in self.goals:
+                self.register_buffer(_momentum_of(name), torch.zeros_like(model.get_parameter(name)))
         # Updates that a non-finite gradient prevented: counted on the device, read when the host asks.
         device = next(iter(self.masks.values())).device
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
@@ -69,9 +84,26 @@ class Updater(nn.Module):
         return {name: mask.density for name, mask in masks_of(self._model[0]).items()}
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as told to `attach`; 0 before."""
+        return self._total_steps
+
+    @property
+    def history(self) -> list[Topology]:
+        """The counts at the start of training and after every update since, oldest first."""
+        return [Topology(step, dict(zip(self.goals, counts, strict=True))) for step, counts in self._history]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the masks are sparse yet: a method that prunes while training starts dense."""
+        return not self.method.prunes or any(
+            n < m.numel() for n, m in zip(self._counts(), self.masks.values(), strict=False)
+        )
+
+    @property
     def replaced(self) -> tuple[str, ...]:
         """The weights that were masked once and whose layer has been replaced since; the new layer is dense."""
-        return tuple(name for name in self._sites if name not in masks_of(self._model[0]))
+        return tuple(name for name in self.goals if name not in masks_of(self._model[0]))
 
     @property
     def step(self) -> int:
@@ -94,7 +126,7 @@ class Updater(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the method and the step."""
-        return f"method={self.method.name}, masks={len(self._sites)}, step={self.step}"
+        return f"method={self.method.name}, masks={len(self.goals)}, step={self.step}"
 
     # What a training loop calls.
 
@@ -120,26 +152,20 @@ class Updater(nn.Module):
         """
         if self._attached:
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
-        check_attach(self._model[0], self.method.updates, optimizers, total_steps)
+        check_attach(self._model[0], self.method, optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
             warnings.warn(
                 f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.",
                 stacklevel=2,
             )
-        masks, steps = masks_of(self._model[0]), self._clocks()
+        steps = self._clocks()
         self._total_steps = total_steps
         for i, optimizer in enumerate(optimizers):
-            own = set(opt.parameters(optimizer))
-            weights = ((name, self._model[0].get_parameter(name)) for name in masks)
-            bound = [Bound(name, weight, masks[name]) for name, weight in weights if weight in own]
-            corrected = [b for b in bound if not opt.keeps_zeros(optimizer) or self._is_exposed(b.name)]
-            attachment = Attachment(optimizer, bound, corrected, steps[i] if i < len(steps) else max(steps), [])
-            attachment.handles += [
-                optimizer.register_step_pre_hook(functools.partial(self._before_step, attachment)),
-                optimizer.register_step_post_hook(functools.partial(self._after_step, attachment)),
-            ]
-            self._attached.append(attachment)
-            zero_all_dropped(bound)  # whoever initialized the weights anew after sparsify() did not know of masks
+            exposed = [name for name in self.goals if self._is_exposed(name)]
+            step = steps[i] if i < len(steps) else max(steps)
+            self._attached.append(Attachment(self, self._model[0], optimizer, exposed, step))
+        if self.step == 0:
+            self._history = [(0, self._counts())]
         self._settle_gradients()
         for name in self.replaced:
             warnings.warn(
@@ -150,9 +176,7 @@ class Updater(nn.Module):
     def detach(self) -> None:
         """Let go of the optimizers: masks stay as they are, and a later `attach` counts its steps from 1 again."""
         for attachment in self._attached:
-            attachment.set_dense_gradients(False)
-            for handle in attachment.handles:
-                handle.remove()
+            attachment.remove()
         self._attached, self._steps, self._total_steps = [], [0], 0
 
     def remove(self) -> None:
@@ -165,57 +189,24 @@ class Updater(nn.Module):
     def _is_exposed(self, name: str) -> bool:
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
 
-    # What the optimizers' hooks call.
+    # What attachments call.
 
-    def _end_step(self, updates: Updates) -> float:
-        return updates.end_fraction * self._total_steps
+    def momentum(self, name: str) -> Tensor | None:
+        """Return the moving average of a weight's gradient, if the method keeps one."""
+        return self._buffers.get(_momentum_of(name))
 
-    def _updates_at(self, step: int) -> bool:
-        updates = self.method.updates
-        return updates is not None and updates.at(step, self._end_step(updates))
+    def record(self, step: int) -> None:
+        """Enter the counts after an update into the history."""
+        if self._history and self._history[-1][0] == step:
+            self._history.pop()  # of another optimizer
+        counts = self._counts()
+        if self._history and self._history[-1][1] == counts:
+            counts = self._history[-1][1]  # one object, so that a long history stays small
+        self._history.append((step, counts))
 
-    def _before_step(self, attachment: Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if not self._updates_at(attachment.step + 1):
-            return None
-        return opt.before_step(optimizer, args, kwargs, functools.partial(self._update, attachment))
-
-    def _after_step(self, attachment: Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        attachment.step += 1
-        if self._updates_at(attachment.step):
-            opt.forget_history(optimizer)
-        else:
-            zero_all_dropped(attachment.corrected)
-        dense = self._updates_at(attachment.step + 1)
-        if dense or self._updates_at(attachment.step):
-            attachment.set_dense_gradients(dense)
-
-    @torch.no_grad()
-    def _update(self, attachment: Attachment) -> None:
-        """Change the topology instead of taking this step (RigL, Algorithm 1)."""
-        updates = self.method.updates
-        assert updates is not None
-        self._check_bound(attachment)
-        fraction = updates.drop_fraction(attachment.step + 1, self._end_step(updates))
-        gradients = [(b, opt.dense_gradient(attachment.optimizer, b.weight)) for b in attachment.bound]
-        present = [(b, g) for b, g in gradients if g is not None]
-        if present:
-            finite = all_finite([g for _, g in present], self.skipped.device)
-            self.skipped += ~finite
-            each_layer(
-                functools.partial(change, b, gradient, k, finite, updates, attachment.optimizer)
-                for b, gradient in present
-                if (k := int(fraction * b.mask.nonzeros)) and b.mask.density < 1
-            )
-        opt.skip_step(attachment.optimizer)
-
-    def _check_bound(self, attachment: Attachment) -> None:
-        masks = masks_of(self._model[0])
-        for b in attachment.bound:
-            if masks.get(b.name) is not b.mask or self._model[0].get_parameter(b.name) is not b.weight:
-                raise RuntimeError(
-                    f"{b.name} was replaced while the updater is attached. Call updater.detach(), make an optimizer for the "
-                    f"model as it is now, and attach that."
-                )
+    def _counts(self) -> tuple[int, ...]:
+        nonzeros = self.nonzeros
+        return tuple(nonzeros.get(name, 0) for name in self.goals)
 
     # What state_dict, copies and loading need.
 
@@ -225,30 +216,34 @@ class Updater(nn.Module):
     def _settle_gradients(self) -> None:
         """Derive from the step whether the next gradients have to be dense."""
         for attachment in self._attached:
-            attachment.set_dense_gradients(self._updates_at(attachment.step + 1))
+            attachment.settle()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached: the hooks belong to the optimizers of the original.
         return {**vars(self), "_attached": [], "_steps": self._clocks()}
 
     def get_extra_state(self) -> Tensor:
-        """Return schedule, steps and counts as one CPU tensor, so that every tool that reads a `state_dict` can.
-
-        Layout: total_steps, skipped updates, the number of clocks, the clocks, the nonzeros in the order of `masks`.
-        """
-        clocks = self._clocks()
-        numbers = [self._total_steps, self.skipped_updates, len(clocks), *clocks, *self.nonzeros.values()]
-        return torch.tensor(numbers, dtype=torch.int64)
+        """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
+        targets = [goal.target for goal in self.goals.values()]
+        counts, clocks = list(self._counts()), self._clocks()
+        return State(self._total_steps, self.skipped_updates, clocks, counts, targets, self._history).encode()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""
-        total_steps, skipped, clocks, *rest = state.tolist()
-        self._steps = rest[:clocks]
+        saved = State.decode(state)
+        self._steps = saved.clocks
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
-        self._total_steps = total_steps or self._total_steps
-        self._skipped_before = skipped
+        self._total_steps = saved.total_steps or self._total_steps
+        self._history = saved.history
+        self.goals = {n: replace(g, target=t) for (n, g), t in zip(self.goals.items(), saved.targets, strict=True)}
+        self._skipped_before = saved.skipped
         self.skipped.zero_()
+
+
+def _momentum_of(name: str) -> str:
+    """Name the buffer that holds the moving average of a weight's gradient."""
+    return f"momentum/{name.replace('.', '/')}"
 
 
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:

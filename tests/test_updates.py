@@ -42,9 +42,7 @@ WORKED = {
 
 @pytest.mark.parametrize(("weight", "gradient", "mask", "k", "after"), WORKED.values(), ids=WORKED)
 def test_worked_steps(weight: list, gradient: list, mask: list, k: int, after: list) -> None:
-    result = drop_and_grow(
-        torch.tensor(weight).float(), torch.abs, torch.tensor(gradient).float(), torch.abs, bits(*mask), k
-    )
+    result = drop_and_grow(torch.tensor(weight).float(), torch.tensor(gradient).float(), bits(*mask), k, k)
     assert result.int().tolist() == after
 
 

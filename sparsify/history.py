@@ -1,0 +1,76 @@
+"""History: what the topology of a run was at every step, and the state that a checkpoint holds of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How many weights each masked parameter keeps from the end of `step` on.
+
+    Example:
+        >>> from sparsify import sparsify
+        >>> model = sparsify(torch.nn.Sequential(torch.nn.Linear(10, 10)), density=0.5)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model.updater.attach(optimizer, total_steps=1000)
+        >>> [(entry.step, entry.nonzeros) for entry in model.updater.history]
+        [(0, {'0.weight': 50})]
+    """
+
+    step: int  # optimizer steps, counted from 1; 0 is the start of training
+    nonzeros: dict[str, int]
+
+
+@dataclass
+class State:
+    """What the updater keeps on the host, and its form in a `state_dict`: one CPU tensor of integers.
+
+    Layout: total_steps, skipped updates, the numbers of clocks, of counts and of history entries; then the clocks, the
+    nonzeros, the targets, and for every entry of the history its step and its counts. Counts are stored where they differ
+    from those of the entry before: each entry has the number of differences, then (index, count) pairs.
+    """
+
+    total_steps: int = 0
+    skipped: int = 0
+    clocks: list[int] = field(default_factory=lambda: [0])
+    nonzeros: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    history: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    def encode(self) -> Tensor:
+        """Return the state as a tensor."""
+        numbers = [self.total_steps, self.skipped, len(self.clocks), len(self.nonzeros), len(self.history)]
+        numbers += [*self.clocks, *self.nonzeros, *self.targets]
+        before = (-1,) * len(self.nonzeros)
+        for step, counts in self.history:
+            changed = [(i, n) for i, n in enumerate(counts) if n != before[i]] if counts is not before else []
+            numbers += [step, len(changed), *(n for pair in changed for n in pair)]
+            before = counts
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    @staticmethod
+    def decode(tensor: Tensor) -> "State":
+        """Read what `encode` wrote.
+
+        Raises:
+            ValueError: the tensor is something else.
+        """
+        numbers = iter(tensor.tolist())
+        try:
+            total, skipped, clocks, counts, entries = (next(numbers) for _ in range(5))
+            state = State(total, skipped, *([next(numbers) for _ in range(n)] for n in (clocks, counts, counts)))
+            before = (-1,) * counts
+            for _ in range(entries):
+                step, changes = next(numbers), next(numbers)
+                if changes:
+                    row = list(before)
+                    for _ in range(changes):
+                        index, count = next(numbers), next(numbers)
+                        row[index] = count
+                    before = tuple(row)
+                state.history.append((step, before))
+        except (StopIteration, RuntimeError, IndexError) as error:
+            raise ValueError("The state_dict's entry updater._extra_state is damaged or of another version.") from error
+        return state

@@ -1,0 +1,116 @@
+"""Ledger: what a run has cost, from the masks that it really had, beside its forecast and the published formula."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from sparsify.flops import flop_report
+from sparsify.spending import Spending, spend
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One stretch of training over which the topology's counts stayed."""
+
+    step: int  # from the end of which they hold
+    density: float  # kept fraction over all masked weights
+    inference_ratio: float  # inference FLOPs relative to dense
+    training_ratio: float  # training FLOPs up to this step, relative to as many dense steps
+
+
+@dataclass(frozen=True)
+class CostLedger:
+    """What `cost_ledger` returns. All figures are per sample: multiply by the batch size for the run's."""
+
+    method: str
+    dense_macs: int  # of one inference
+    spending: Spending
+    rows: tuple[CostRow, ...]
+    forecast: float  # of the whole run, before it began
+    published: float  # by the method's closed form, at its final density
+
+    @property
+    def training_ratio(self) -> float:
+        """Training FLOPs so far, relative to as many dense steps."""
+        return self.spending.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain Python values, ready for JSON."""
+        return {**asdict(self), "training_ratio": self.training_ratio}
+
+    def __str__(self) -> str:
+        """Return the table that people read."""
+        parts = asdict(self.spending)
+        steps = parts.pop("steps")
+        lines = [
+            (name.replace("_", " "), f"{n * self.dense_macs:.4g}", f"{n / 3 / steps:.4f}") for name, n in parts.items()
+        ]
+        lines.append(
+            ("total", f"{self.training_ratio * 3 * steps * self.dense_macs:.4g}", f"{self.training_ratio:.4f}")
+        )
+        table = tabulate(lines, headers=("training", "MACs per sample", "of dense"), disable_numparse=True)
+        return "\n".join(
+            [
+                table,
+                "",
+                f"method {self.method}, {steps:,} steps, {len(self.rows)} topologies (1 MAC = 1 multiply-accumulate; FLOPs = "
+                f"2 * MACs)",
+                f"forecast {self.forecast:.4f} for the whole run; {self.published:.4f} by the published formula",
+            ]
+        )
+
+
+def cost_ledger(model: nn.Module, inputs: Any) -> CostLedger:
+    """Add up what training has cost so far, from the schedule and the masks that the run really had.
+
+    Args:
+        model: sparsified, its updater attached.
+        inputs: what `flop_report` takes.
+
+    Returns:
+        The ledger; `print` shows it as a table.
+
+    Raises:
+        ValueError: the model has no updater, or no step has been taken since `attach`.
+
+    Example:
+        >>> import torch
+        >>> from sparsify import sparsify
+        >>> model = sparsify(torch.nn.Sequential(torch.nn.Linear(10, 10)), density=0.5, method="set")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model.updater.attach(optimizer, total_steps=200)
+        >>> for _ in range(200):
+        ...     model(torch.ones(1, 10)).sum().backward()
+        ...     optimizer.step()
+        >>> cost_ledger(model, (1, 10)).training_ratio
+        0.5
+    """
+    updater: Any = model._modules.get("updater")
+    if updater is None or not updater.step:
+        raise ValueError(
+            "cost_ledger() takes a model that sparsify() returned, attached and trained for a step at least."
+        )
+    report = flop_report(model, inputs)
+    sizes = {x.name: (x.params, x.dense_macs) for x in report.layers if x.name in updater.goals}
+    total = sum(size for size, _ in sizes.values())
+    ratios, densities = [], []
+    for entry in updater.history:
+        saved = sum(macs - macs * entry.nonzeros[name] // size for name, (size, macs) in sizes.items())
+        ratios.append((entry.step, 1 - saved / report.dense_macs if report.dense_macs else 1.0))
+        densities.append(sum(entry.nonzeros[name] for name in sizes) / total)
+    method, schedule = updater.method, updater.total_steps
+    rows = [
+        CostRow(step, density, ratio, spend(ratios[: i + 1], method.updates, step, schedule).ratio)
+        for i, ((step, ratio), density) in enumerate(zip(ratios, densities, strict=True))
+    ]
+    spending = spend(ratios, method.updates, updater.step, schedule)
+    return CostLedger(
+        method.name,
+        report.dense_macs,
+        spending,
+        tuple(rows),
+        report.exact_training_ratio,
+        report.training_ratio,
+    )

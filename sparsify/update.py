@@ -1,0 +1,126 @@
+"""Update: one change of topology, of several layers and of what their optimizer keeps for them."""
+
+import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from passes.mask import Mask, zero_dropped_
+from sparsify import optimizers as opt
+from sparsify.method import Method, Updates
+from sparsify.scores import LayerState
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A masked weight that an attached optimizer trains."""
+
+    name: str
+    weight: nn.Parameter
+    mask: Mask
+
+
+@torch.no_grad()
+def update_layers(
+    method: Method, layers: list[tuple[Bound, LayerState]], amount: float, optimizer: Optimizer, skipped: Tensor
+) -> bool:
+    """Change the masks of some layers, unless what decides is not finite.
+
+    Args:
+        method: whose plan, scores and layout decide.
+        layers: the weights with what is to be seen of them.
+        amount: what the plan is told.
+        optimizer: whose state at dropped and newly grown positions becomes 0.
+        skipped: counts the updates that did not happen, on the device; int64, no dimension.
+
+    Returns:
+        False if the host knows that nothing happened: where counts vary it has to ask. Otherwise the device decides.
+    """
+    updates = method.updates
+    assert updates is not None
+    if not layers:
+        return True
+    states = [state for _, state in layers]
+    finite = _all_finite([_deciding(state) for state in states], skipped.device)
+    skipped += ~finite
+    if updates.counts_vary and not bool(finite):
+        return False
+    plan = updates.plan(states, amount)
+    if not updates.counts_vary and any(drop != grow for drop, grow in plan):
+        raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
+    _each_layer(
+        functools.partial(_change, bound, state, drop, grow, finite, method, optimizer)
+        for (bound, state), (drop, grow) in zip(layers, plan, strict=True)
+        if drop or grow
+    )
+    return True
+
+
+def observe(updates: Updates, bound: Bound, average: Tensor | None, optimizer: Optimizer) -> None:
+    """Let a step's gradient into its moving average, and let the optimizer see the kept weights' part of it only."""
+    gradient = opt.dense_gradient(optimizer, bound.weight)
+    if gradient is None:
+        return
+    if average is not None and updates.momentum is not None:
+        average.lerp_(torch.where(gradient.isfinite().all(), gradient, average), 1 - updates.momentum)
+    if updates.dense_gradients == "always" and bound.weight.grad is not None:
+        zero_dropped_(bound.weight.grad, bound.mask.mask)
+
+
+def _deciding(state: LayerState) -> Tensor:
+    """Return the tensor that shows first that something is not finite."""
+    return next(t for t in (state.gradient, state.momentum, state.weight) if t is not None)
+
+
+def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Tell on the device whether all is free of NaN and inf, as a bool tensor of no dimension."""
+    # Minimum and maximum propagate NaN, and read each tensor once.
+    extremes = [extreme.to(device) for tensor in tensors for extreme in tensor.aminmax()]
+    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
+
+
+def _each_layer(changes: Iterable[functools.partial[None]]) -> None:
+    """Run the changes of independent layers: one after the other on a device, side by side on the CPU, largest first."""
+    ordered = sorted(changes, key=lambda change: -change.args[1].mask.numel())
+    if all(change.args[1].mask.device.type == "cpu" for change in ordered):
+        list(_workers(os.getpid()).map(lambda change: change(), ordered))
+    else:
+        for change in ordered:
+            change()
+
+
+@functools.cache
+def _workers(process: int) -> ThreadPoolExecutor:
+    """The threads of this process, kept: starting them anew costs as much as an update. A fork gets its own."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="sparsify-update")
+
+
+@torch.no_grad()
+def _change(
+    bound: Bound, state: LayerState, drop: int, grow: int, finite: Tensor, method: Method, optimizer: Optimizer
+) -> None:
+    """Update one mask; then weight and optimizer state wherever it changed."""
+    updates, mask, weight = method.updates, bound.mask, bound.weight
+    assert updates is not None
+    coming = updates.growth_score(state) if grow else None
+    new = method.layout.exchange(state, updates.drop_score(state), coming, drop, grow)
+    changed = mask.mask.logical_xor(new)
+    changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
+    grown = updates.growth_init(state).to(weight.dtype) if updates.growth_init and grow else None
+    mask.mask.logical_xor_(changed)
+    zero_dropped_(weight, mask.mask)
+    if grown is not None:
+        weight.copy_(torch.where(changed & mask.mask, grown, weight))
+    _count(mask, grow - drop if method.layout.exact else None)
+    unchanged = changed.logical_not_()
+    for kept in opt.state_tensors(optimizer, weight):
+        zero_dropped_(kept, unchanged)
+
+
+def _count(mask: Mask, difference: int | None) -> None:
+    mask.nonzeros = int(mask.mask.sum()) if difference is None else mask.nonzeros + difference
