@@ -27,11 +27,12 @@ class Topology:
 class State:
     """What the updater keeps on the host, and its form in a `state_dict`: one CPU tensor of integers.
 
-    Layout: total_steps, skipped updates, the numbers of clocks, of counts and of history entries; then the clocks, the
+    Layout: seed, total_steps, skipped updates, the numbers of clocks, of counts and of history entries; then the clocks, the
     nonzeros, the targets, and for every entry of the history its step and its counts. Counts are stored where they differ
     from those of the entry before: each entry has the number of differences, then (index, count) pairs.
     """
 
+    seed: int = 0
     total_steps: int = 0
     skipped: int = 0
     clocks: list[int] = field(default_factory=lambda: [0])
@@ -41,7 +42,7 @@ class State:
 
     def encode(self) -> Tensor:
         """Return the state as a tensor."""
-        numbers = [self.total_steps, self.skipped, len(self.clocks), len(self.nonzeros), len(self.history)]
+        numbers = [self.seed, self.total_steps, self.skipped, len(self.clocks), len(self.nonzeros), len(self.history)]
         numbers += [*self.clocks, *self.nonzeros, *self.targets]
         before = (-1,) * len(self.nonzeros)
         for step, counts in self.history:
@@ -59,8 +60,8 @@ class State:
         """
         numbers = iter(tensor.tolist())
         try:
-            total, skipped, clocks, counts, entries = (next(numbers) for _ in range(5))
-            state = State(total, skipped, *([next(numbers) for _ in range(n)] for n in (clocks, counts, counts)))
+            seed, total, skipped, clocks, counts, entries = (next(numbers) for _ in range(6))
+            state = State(seed, total, skipped, *([next(numbers) for _ in range(n)] for n in (clocks, counts, counts)))
             before = (-1,) * counts
             for _ in range(entries):
                 step, changes = next(numbers), next(numbers)

@@ -73,7 +73,7 @@ def apportion(total: int, shares: Sequence[float], room: Sequence[int]) -> list[
 
 def prune(layers: Sequence[LayerState], reached: float) -> list[tuple[int, int]]:
     """Drop in each layer what takes it to a share of its final sparsity (Zhu & Gupta, arXiv 1710.01878)."""
-    return [(_to_drop(layer, reached), 0) for layer in layers]
+    return [(max(0, layer.nonzeros - _goal(layer, reached)), 0) for layer in layers]
 
 
 def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> list[tuple[int, int]]:
@@ -81,8 +81,8 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
 
     The highest of every layer is out of the selection, so that none is emptied.
     """
-    total = sum(_to_drop(layer, reached) for layer in layers)
-    if not total:
+    total = sum(layer.nonzeros - _goal(layer, reached) for layer in layers)
+    if total <= 0:
         return [(0, 0)] * len(layers)
     scores = torch.cat([score(layer).flatten() for layer in layers])
     among = torch.cat([layer.mask.flatten() for layer in layers])
@@ -95,7 +95,7 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
     return [(drop, 0) for drop in torch.stack([part.sum() for part in dropped.split(sizes)]).tolist()]
 
 
-def _to_drop(layer: LayerState, reached: float) -> int:
+def _goal(layer: LayerState, reached: float) -> int:
+    """Return how many weights a layer keeps when a share of its final sparsity is reached."""
     size = layer.mask.numel()
-    goal = size - math.floor(reached * (size - layer.target) / layer.unit + 1e-6) * layer.unit
-    return max(0, layer.nonzeros - goal)
+    return size - math.floor(reached * (size - layer.target) / layer.unit + 1e-6) * layer.unit

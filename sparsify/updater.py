@@ -226,12 +226,14 @@ class Updater(nn.Module):
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
         targets = [goal.target for goal in self.goals.values()]
         counts, clocks = list(self._counts()), self._clocks()
-        return State(self._total_steps, self.skipped_updates, clocks, counts, targets, self._history).encode()
+        return State(
+            self.seed, self._total_steps, self.skipped_updates, clocks, counts, targets, self._history
+        ).encode()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""
         saved = State.decode(state)
-        self._steps = saved.clocks
+        self.seed, self._steps = saved.seed, saved.clocks
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
         self._total_steps = saved.total_steps or self._total_steps
