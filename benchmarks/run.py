@@ -24,6 +24,7 @@ from torchvision.models import resnet50
 from workload import (
     DENSITY,
     FOREVER,
+    WARMUP,
     Ratio,
     Trainer,
     batch,
@@ -37,7 +38,7 @@ from workload import (
     timed_update,
 )
 
-from sparsify import Method, RigL, Static, flop_report, sparsify
+from sparsify import GMP, NM, Method, RigL, SRigL, Static, flop_report, sparsify
 
 HERE = Path(__file__).parent
 PEER = "rigl-torch==0.5.2"
@@ -53,11 +54,13 @@ class Row(NamedTuple):
     ratio: Ratio
 
 
-def sparse_trainer(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], method: Method) -> Trainer:
+def sparse_trainer(
+    model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], method: Method, steps: int = FOREVER
+) -> Trainer:
     """The sparse side of a ratio, with the updater attached."""
-    model = sparsify(model, DENSITY, method=method)
+    model = sparsify(model, None if method.layout.fixed else DENSITY, method=method)
     optimizer = sgd(model)
-    model.updater.attach(optimizer, total_steps=FOREVER)
+    model.updater.attach(optimizer, total_steps=steps)
     return Trainer(model, optimizer, data, optimizer.step)
 
 
@@ -102,6 +105,27 @@ def large_rows(name: str, repeats: int) -> list[Row]:
     return [
         Row(f"{name} step: masked / dense", goal, ratio(seconds, "masked", "dense")),
         Row(f"{name} step: dense / dense (noise)", "1", ratio(seconds, "again", "dense")),
+    ]
+
+
+def update_rows(repeats: int) -> list[Row]:
+    """The updates of ResNet-50 that compare layers, over RigL's, which does not.
+
+    Pruning follows an optimizer step, whose time is in its row.
+    """
+    methods = {
+        "RigL": RigL(interval=2),
+        "RigL redistributed by gradient": RigL(interval=2, redistribution="gradient"),
+        "GMP global": GMP(interval=2, end_fraction=1.0, scope="global"),
+        "SRigL": SRigL(interval=2),
+        "2:4": NM(2, 4, interval=2),
+    }
+    data, steps = batch(2, 64), 6 * (repeats + WARMUP)
+    cases = {name: timed_update(sparse_trainer(resnet50(), data, method, steps)) for name, method in methods.items()}
+    seconds = interleave(cases, repeats)
+    goals = {"RigL redistributed by gradient": "<= 3", "GMP global": "<= 3"}
+    return [
+        Row(f"ResNet-50 update: {n} / RigL", goals.get(n, ""), ratio(seconds, n, "RigL")) for n in list(methods)[1:]
     ]
 
 
@@ -242,7 +266,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args.repeats} and {few} rounds\n")
     small = small_rows(args.repeats)
     large = [row for name in LARGE for row in large_rows(name, few)]
-    print(time_table([*small, *large, sparsify_row(few), *report_rows(few)]), end="\n\n")
+    print(time_table([*small, *large, *update_rows(few), sparsify_row(few), *report_rows(few)]), end="\n\n")
     print(memory_table(), flush=True)
     if not args.no_peer:
         print(f"\n{peer_table(few, small)}")

@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed with a message on stderr. Usage errors exit with 2.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.density is None and options.flops is None and options.method != "nm":
+        parser.error("one of the arguments --density --flops is required")
     try:
         _run(options)
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -62,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)"
     )
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--density", type=float, metavar="D", help="fraction of the weights to keep, in (0, 1]")
     budget.add_argument("--flops", type=float, metavar="F", help="fraction of the dense FLOPs to keep, in (0, 1]")
     parser.add_argument(
