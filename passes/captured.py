@@ -160,7 +160,7 @@ def install(model: nn.Module, capture: Capture) -> nn.Module:
         module = model.get_submodule(path)
         for name, constant in region.constants.items():
             module.register_buffer(name, constant, persistent=False)
-        module.__class__ = _captured_class(type(module))
+        module.__class__ = _captured_class(user_class(module) if isinstance(module, Captured) else type(module))
         # What GraphModule.__init__ would set; fx's own tools read these.
         vars(module).update(
             _layers=tuple(module._modules),

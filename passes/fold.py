@@ -34,6 +34,7 @@ def fold_(model: nn.Module) -> nn.Module:
     for name, mask in masks_of(model).items():
         with torch.no_grad():
             zero_dropped_(model.get_parameter(name), mask.mask)
+    masks = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Mask)}
     for module in list(model.modules()):
         for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:
             delattr(module, name)
@@ -41,8 +42,20 @@ def fold_(model: nn.Module) -> nn.Module:
             vars(module).pop("_masked")
             _set_class(module, leaf_class(module))
         elif isinstance(module, Captured):
-            _uncapture(module)
+            if vars(module).get("keeps_graph"):
+                _without_masks(module, masks)
+            else:
+                _uncapture(module)
     return model
+
+
+def _without_masks(module: Captured, masks: set[str]) -> None:
+    """Take the masks out of the graphs of a module whose own forward is not what it computes (a narrowed one)."""
+    for graph in dict.fromkeys(module._graphs.values()):
+        for node in [n for n in graph.nodes if n.op == "call_module" and str(n.target) in masks]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    module.recompile()
 
 
 def _uncapture(module: Captured) -> None:

@@ -9,6 +9,7 @@ from sparsify.method import Method, Updates
 from sparsify.methods import SET, SNFS, RigL, Static
 from sparsify.pruning import GMP, SNIP
 from sparsify.report import FlopReport
+from sparsify.small_dense import small_dense
 from sparsify.structured import NM, SRigL
 from sparsify.views import draw_graph, graph_table
 
@@ -32,5 +33,6 @@ __all__ = [
     "fold",
     "graph_table",
     "graphs",
+    "small_dense",
     "sparsify",
 ]

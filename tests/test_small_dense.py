@@ -1,0 +1,182 @@
+"""Small-Dense: the narrower network of equal parameter count, on every torchvision classification model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import SmallNet, WideResNet22, input_shape, training_loss
+from torch import Tensor, nn
+from torchvision import models
+
+from sparsify import flop_report, fold, small_dense, sparsify
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def build(name: str) -> nn.Module:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, **options)
+
+
+LARGE = ("_7gf", "vit_h", "vit_l", "_32gf", "_16gf", "128gf", "101_64x4d", "wide_resnet101", "efficientnet_v2_l", "b7")
+CLASSIFIERS = models.list_models(module=models)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_builds_and_trains(name: str) -> None:
+    torch.manual_seed(0)
+    large = any(part in name for part in LARGE)  # on meta: their weights alone take seconds
+    with torch.device("meta" if large and "regnet" not in name else "cpu"):
+        model = build(name)
+    model = model.to("meta") if large else model
+    small = small_dense(model, 0.1, input_shape(name))
+    assert 0.085 * parameters(model) <= parameters(small) <= 0.1 * parameters(model)
+    assert type(small).__name__ == type(model).__name__
+    if large:
+        return
+    small.train()
+    before = [p.detach().clone() for p in small.parameters()]
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    loss = training_loss(name, small, "cpu")
+    assert loss.isfinite()
+    loss.backward()
+    optimizer.step()
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
+    assert changed > len(before) / 2
+
+
+# The report's Small-Dense rows: WRN-22-2 trains and infers at .20 of dense for .20 of the parameters.
+@pytest.mark.parametrize("density", [0.1, 0.2, 0.5])
+def test_ratios_of_the_papers_network(density: float) -> None:
+    model = WideResNet22()
+    small = small_dense(model, density, (1, 3, 32, 32))
+    assert parameters(small) / parameters(model) == pytest.approx(density, abs=0.005)
+    ratio = flop_report(small, (1, 3, 32, 32)).dense_macs / flop_report(model, (1, 3, 32, 32)).dense_macs
+    assert ratio == pytest.approx(density, abs=0.025)
+
+
+class Mixed(nn.Module):
+    """A residual, a concatenation, groups, a depthwise layer, heads, a table and a reshape by a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.groups = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(32, 64, 3, padding=1, groups=32)
+        self.norm = nn.BatchNorm2d(96)
+        self.merge = nn.Conv2d(96, 48, 1)
+        self.attention = nn.MultiheadAttention(48, 4, batch_first=True)
+        self.position = nn.Parameter(torch.randn(1, 64, 48))
+        self.table = nn.Embedding(7, 48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.groups(x)
+        x = self.merge(self.norm(torch.cat([x, self.depthwise(x)], 1)))
+        tokens = x.reshape(x.shape[0], 48, 64).transpose(1, 2) + self.position
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(tokens.mean(1))
+
+
+def test_sizes_stay_consistent() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    small = small_dense(model, 0.3, (1, 3, 8, 8))
+    width, merged = small.stem.out_channels, small.merge.out_channels
+    assert small.groups.in_channels == small.groups.out_channels == width < 32
+    assert small.depthwise.groups == width
+    assert small.depthwise.out_channels == 2 * width
+    assert small.norm.num_features == small.merge.in_channels == 3 * width
+    assert merged % 4 == 0
+    assert small.attention.embed_dim == small.position.shape[2] == small.head.in_features == merged
+    assert small.head.out_features == 10
+    assert model.stem.out_channels == 32  # the original is not touched
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
+    optimizer = torch.optim.Adam(small.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(small(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+class Characters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.gru = nn.Embedding(50, 128), nn.GRU(128, 512, batch_first=True)
+        self.head = nn.Linear(512, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.embedding(x))[0])
+
+
+def test_recurrent_networks() -> None:
+    model = Characters()
+    small = small_dense(model, 0.2, torch.zeros(1, 4, dtype=torch.long))
+    assert parameters(small) / parameters(model) == pytest.approx(0.2, abs=0.01)
+    assert small(torch.zeros(2, 4, dtype=torch.long)).shape == (2, 4, 50)
+
+
+def test_a_small_dense_network_can_be_made_sparse() -> None:
+    small = small_dense(SmallNet(), 0.5, (1, 3, 8, 8))
+    sparse = sparsify(small, 0.5)
+    x = torch.randn(1, 3, 8, 8)
+    plain = fold(sparse.eval())
+    assert torch.equal(plain(x), sparse(x))
+    assert list(plain.state_dict()) == list(SmallNet().state_dict())
+
+
+def test_a_narrowed_model_keeps_its_graph_when_folded() -> None:
+    """Mixed reshapes to 48 channels in its own forward; the narrowed one must not."""
+    sparse = sparsify(small_dense(Mixed(), 0.3, (1, 3, 8, 8)), 0.5, include=["position"]).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plain = fold(sparse)
+    assert torch.equal(plain(x), sparse(x))
+    assert not any("mask" in name for name in plain.state_dict())
+
+
+def test_activations_keep_their_scale() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 1000), nn.Linear(1000, 1000), nn.Linear(1000, 10))
+    small = small_dense(model, 0.1, (1, 100))
+    x = torch.randn(64, 100)
+    assert small[:2](x).std().item() == pytest.approx(model[:2](x).std().item(), rel=0.1)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Strange(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 16)
+        self.bilinear = nn.Bilinear(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bilinear(self.fc(x), self.fc(x))
+
+
+BAD = {
+    "density": (SmallNet, 0.0, (1, 3, 8, 8), r"must be a number in \(0, 1\]"),
+    "too low": (SmallNet, 1e-6, (1, 3, 8, 8), "is too low"),
+    "untraceable": (Branches, 0.5, (1, 4), "does not trace whole"),
+    "unknown layer": (Strange, 0.5, (1, 4), "Node 'bilinear' .* nobody knows how a Bilinear shrinks"),
+    "keywords": (SmallNet, 0.5, {"x": torch.zeros(1, 3, 8, 8)}, "positional"),
+}
+
+
+@pytest.mark.parametrize(("model", "density", "inputs", "message"), BAD.values(), ids=BAD)
+def test_bad_input(model: type[nn.Module], density: float, inputs: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_dense(model(), density, inputs)
