@@ -8,6 +8,7 @@ needs.
 import copy
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class Narrowable:
         self._graphs = list(dict.fromkeys(self.capture.regions[""].graphs.values()))
         self._outputs = self._walk(lambda size: size, Narrowing())
         self.sizes = self._find_sizes()
+        while leaking := self._outputs_that_shrink():
+            self.sizes = {size: multiple for size, multiple in self.sizes.items() if size not in leaking}
 
     def narrowing(self, width: Width) -> Narrowing:
         """Work out what the model becomes at a width.
@@ -118,10 +121,14 @@ class Narrowable:
         for node in nodes:
             for size, multiple in _heads_at(node, sizes):
                 sizes[size] = math.lcm(sizes[size], multiple)
-        outputs = {
-            shape[1 if len(shape) in (2, 4) else -1] for shapes in self._outputs for shape in shapes if shape[1:]
-        }
-        return {size: multiple for size, multiple in sizes.items() if size not in outputs and size > multiple}
+        return {size: multiple for size, multiple in sizes.items() if size > multiple}
+
+    def _outputs_that_shrink(self) -> set[int]:
+        """Return the sizes that show in the model's outputs: those of output layers, which have to stay."""
+        narrowed = self._walk(lambda size: self.sizes.get(size, size), Narrowing())
+        shapes = zip(itertools.chain(*self._outputs), itertools.chain(*narrowed), strict=True)
+        changed = {old for before, after in shapes for old, new in zip(before, after, strict=True) if old != new}
+        return changed & set(self.sizes)
 
 
 @functools.cache

@@ -1,0 +1,160 @@
+"""The study: every method at six densities on digits and on the language model, and what of the reproduction's claims holds.
+
+python examples/study.py            # within 90 minutes on 2 cores; goes on where it was interrupted
+python examples/study.py --quick    # minutes: one seed, two densities, little data
+
+It writes STUDY.md and its plots beside this file, and the runs as JSON into results/study/. What people wrote about the figures
+is in study_comments.md.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import Results, run_all, summarize, table
+from plots import plot_densities, plot_scores
+from tasks import TASKS
+from train import METHODS, Run
+
+HERE = Path(__file__).parent
+DENSITIES = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
+SEEDS = {"digits": 5, "chars-small": 3}
+
+
+def runs_of(task: str, densities: list[float], seeds: int) -> list[Run]:
+    """List every run of a task: all methods, both distributions, equal FLOPs, longer training."""
+    base = [Run(task, density=density, seed=seed) for seed in range(seeds) for density in densities]
+    changes: list[dict[str, Any]] = [{"method": method} for method in METHODS]
+    changes += [{"method": method} for method in ("small-dense", "lottery", "re-init")]
+    changes += [{"distribution": "uniform", "method": m} for m in ("rigl", "rigl-sg", "rigl-sm")]
+    changes += [{"flops": True}, {"longer": 2.0}, {"longer": 3.0}]
+    runs = [replace(run, **change) for change in changes for run in base]
+    runs += [Run(task, "dense", 1.0, seed=seed) for seed in range(seeds)]
+    one_density = [replace(run, density=0.5) if run.method == "nm" else run for run in runs]
+    return sorted(
+        dict.fromkeys(one_density), key=lambda run: run.method in ("lottery", "re-init")
+    )  # after their parents
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the papers: a variant is better than another at equal density, or not worse."""
+
+    text: str
+    better: dict[str, Any]
+    than: dict[str, Any]
+    not_worse: bool = False
+
+
+CLAIMS = (
+    Claim("RigL beats static masks", {}, {"method": "static"}),
+    Claim("RigL beats the small dense network of as many parameters", {}, {"method": "small-dense"}),
+    Claim("RigL beats SET", {}, {"method": "set"}),
+    Claim("RigL is not worse than SNFS, which costs more", {}, {"method": "snfs"}, not_worse=True),
+    Claim("RigL beats SNIP", {}, {"method": "snip-global"}),
+    Claim("Pruning beats RigL trained as long", {"method": "gmp-global"}, {}),
+    Claim("RigL trained 3 times as long is not worse than pruning", {"longer": 3.0}, {"method": "gmp-global"}, True),
+    Claim("ERK beats uniform at equal parameters", {}, {"distribution": "uniform"}),
+    Claim("Uniform beats ERK at equal FLOPs", {"distribution": "uniform"}, {"flops": True}),
+    Claim(
+        "Redistribution helps the uniform distribution",
+        {"distribution": "uniform", "method": "rigl-sg"},
+        {"distribution": "uniform"},
+    ),
+    Claim("A lottery ticket falls short of pruning itself", {"method": "gmp-global"}, {"method": "lottery"}),
+    Claim("RigL beats its own final topology trained from fresh weights", {}, {"method": "re-init"}),
+    Claim("Whole kernels are worse than single weights", {}, {"method": "rigl-struct"}),
+    Claim("A constant fan-in is not worse than RigL", {"method": "srigl"}, {}, True),
+)
+
+
+def judge(claim: Claim, results: Results, task: str) -> str:
+    """Say at how many densities a claim holds, by the mean difference of equal seeds and its standard error."""
+    metric = TASKS[task].metric
+    sign = 1 if metric == "accuracy" else -1
+    scores = {Run(**result["run"]): sign * result[metric] for result in results}
+    holds, fails, gaps = [], [], []
+    by_density = defaultdict(list)
+    for run in scores:
+        if run == Run(task, density=run.density, seed=run.seed):
+            pair = scores.get(replace(run, **claim.better)), scores.get(replace(run, **claim.than))
+            if None not in pair:
+                by_density[run.density].append(pair[0] - pair[1])
+    for density, differences in by_density.items():
+        mean = statistics.mean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        gaps.append(f"{sign * mean:+.2f}")
+        if mean > 2 * error or (claim.not_worse and mean > -2 * error):
+            holds.append(density)
+        elif mean < -2 * error:
+            fails.append(density)
+    verdict = "holds" if len(holds) == len(gaps) else "fails" if len(fails) == len(gaps) else "in part"
+    return f"| {claim.text} | {verdict} | {_list(holds)} | {_list(fails)} | {' '.join(gaps)} |"
+
+
+def _list(densities: list[float]) -> str:
+    return ", ".join(f"{d:g}" for d in densities) or "-"
+
+
+def write(results: dict[str, Results], quick: bool, minutes: float) -> str:
+    """Compose the text of STUDY.md."""
+    head = "# Study\n\nWritten by `make study`: every method on two real tasks that fit on two CPU cores.\n"
+    seeds = ", ".join(f"{len({r['run']['seed'] for r in found})} seeds of {task}" for task, found in results.items())
+    total = sum(len(found) for found in results.values())
+    work = sum(r["seconds"] for found in results.values() for r in found) / 60
+    parts = [
+        head,
+        f"{total} runs, {seeds}; {work:.0f} minutes of training on one core each, {minutes:.0f} minutes on the clock "
+        f"(torch {torch.__version__}). Mean and standard deviation over seeds; FLOPs are relative to dense training "
+        f"and inference, counted from the masks the runs had. All sparse runs start from fan-in rescaled weights.",
+        "\n" + (HERE / "study_comments.md").read_text().strip() if not quick else "",
+    ]
+    for task, found in results.items():
+        unit = "test accuracy in percent" if TASKS[task].metric == "accuracy" else "bits per character, lower is better"
+        rows = summarize(found, TASKS[task].metric)
+        parts += [
+            f"\n## {task}: which claims hold\n",
+            "A claim holds at a density if the mean difference over equal seeds exceeds two standard errors in its favour (for "
+            "*not worse*: unless it does against it); it fails if the same is true against it.\n",
+            "| claim | verdict | holds at | fails at | mean difference by density |\n|---|---|---|---|---|",
+            *(judge(claim, found, task) for claim in CLAIMS),
+            f"\n## {task}: {unit}\n",
+            f"![score over density](study/{task}/score-density.png)\n![score over FLOPs](study/{task}/score-flops.png)",
+            f"![densities over time](study/{task}/densities.png)\n",
+            table(rows, TASKS[task].metric),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the study and write its report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=Path("results/study"))
+    parser.add_argument("--output", type=Path, default=HERE)
+    options = parser.parse_args(argv)
+    options.data = None
+    options.results = options.results / "quick" if options.quick else options.results
+    started, results = time.monotonic(), {}
+    for task, seeds in SEEDS.items():
+        runs = runs_of(task, [0.5, 0.1] if options.quick else DENSITIES, 1 if options.quick else seeds)
+        results[task] = run_all(runs, options)
+        folder = options.output / "study" / task
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_scores(summarize(results[task], TASKS[task].metric), TASKS[task].metric, folder)
+        plot_densities([r for r in results[task] if r["run"]["distribution"] == "erk"], folder / "densities.png")
+    minutes = (time.monotonic() - started) / 60
+    (options.output / "STUDY.md").write_text(write(results, options.quick, minutes))
+    print(f"{options.output / 'STUDY.md'} written after {minutes:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""One run: train a task with a method, resume where it was interrupted, and write what came of it as JSON."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tasks import TASKS, Task
+from torch import nn
+from tqdm import tqdm
+
+from sparsify import (
+    GMP,
+    NM,
+    SET,
+    SNFS,
+    SNIP,
+    Method,
+    RigL,
+    SRigL,
+    Static,
+    cost_ledger,
+    flop_report,
+    small_dense,
+    sparsify,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHECKPOINT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; everything that its result depends on."""
+
+    task: str
+    method: str = "rigl"  # a key of METHODS, "dense", "small-dense", "lottery" or "re-init"
+    density: float = 0.1
+    distribution: str = "erk"
+    seed: int = 0
+    longer: float = 1.0  # training length: "RigL 2x" is 2
+    interval: int | None = None  # None: the task's
+    drop_fraction: float = 0.3
+    flops: bool = False  # density stands for the uniform distribution's, and this one's is set to the same FLOPs
+
+    @property
+    def name(self) -> str:
+        """A name for files, short and without two runs sharing it."""
+        default = Run(self.task)
+        shown = {k: v for k, v in asdict(self).items() if k != "task" and v != getattr(default, k)}
+        return "-".join([self.task, *(f"{k}={v}" for k, v in shown.items())]).replace("/", "_")
+
+
+Maker = Callable[[int, float, Task], Method]  # (interval, drop_fraction, task)
+METHODS: dict[str, Maker] = {
+    "static": lambda t, a, task: Static(),
+    "set": lambda t, a, task: SET(t, a),
+    "snfs": lambda t, a, task: SNFS(t, a),
+    "rigl": lambda t, a, task: RigL(t, a),
+    "rigl-sg": lambda t, a, task: RigL(t, a, redistribution="gradient"),
+    "rigl-sm": lambda t, a, task: RigL(t, a, redistribution="momentum"),
+    "rigl-struct": lambda t, a, task: RigL(t, a, layout="kernels"),
+    "srigl": lambda t, a, task: SRigL(t, a),
+    "gmp": lambda t, a, task: GMP(t, **task.gmp),
+    "gmp-global": lambda t, a, task: GMP(t, **task.gmp, scope="global"),
+    "snip": lambda t, a, task: SNIP(scope="layer"),
+    "snip-global": lambda t, a, task: SNIP(),
+    "nm": lambda t, a, task: NM(2, 4, t, a),
+}
+_TAKEN_FROM = {"lottery": "gmp-global", "re-init": "rigl"}  # whose masks they take
+
+
+def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False, show: bool = True) -> dict[str, Any]:
+    """Train one run, or read its result if it is there already.
+
+    Args:
+        run: what to train.
+        folder: of results; a run that was interrupted goes on from its checkpoint there.
+        root: of the data, for tasks that need one.
+        quick: one epoch on little data.
+        show: whether to show a progress bar.
+
+    Returns:
+        The result, as written to `<folder>/<run.name>.json`.
+    """
+    path = folder / f"{run.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    task = TASKS[run.task]
+    content = task.data(root, quick)
+    epochs = 1 if quick else max(1, round(task.epochs * run.longer))
+    total = epochs * content.steps
+    torch.manual_seed(run.seed)
+    dense = task.model()
+    model = _build(run, task, dense, folder, root, quick, total).to(DEVICE)
+    optimizer = task.optimizer(model.parameters())
+    scheduler = task.scheduler(optimizer, total)
+    checkpoint = Checkpoint(folder / f"{run.name}.pt", model, optimizer, scheduler)
+    updater = model._modules.get("updater")
+    first, seconds = checkpoint.load()
+    if updater is not None:
+        updater.attach(optimizer, total_steps=total)
+    bar = tqdm(total=total, initial=first * content.steps, desc=run.name, disable=not show)
+    started = saved = time.monotonic()
+    model.train()
+    for epoch in range(first, epochs):
+        for x, y in content.train(run.seed, epoch):
+            _step(task, model, optimizer, x.to(DEVICE), y.to(DEVICE))
+            scheduler.step()
+            bar.update()
+        if time.monotonic() - saved > CHECKPOINT_SECONDS and epoch + 1 < epochs:
+            checkpoint.save(epoch + 1, seconds + time.monotonic() - started)
+            saved = time.monotonic()
+    bar.close()
+    result = {"run": asdict(run), "seconds": round(seconds + time.monotonic() - started, 1), "steps": total}
+    result |= {task.metric: evaluate(task, model, content)} | _costs(run, task, model, dense)
+    if updater is not None:
+        torch.save({name: mask.cpu() for name, mask in updater.masks.items()}, folder / f"{run.name}.masks.pt")
+    _write(path, json.dumps(result, indent=1).encode())
+    checkpoint.path.unlink(missing_ok=True)
+    return result
+
+
+def _build(
+    run: Run, task: Task, dense: nn.Module, folder: Path, root: Path | None, quick: bool, total: int
+) -> nn.Module:
+    """Make the model that a run trains."""
+    if run.method == "dense":
+        return dense
+    if run.method == "small-dense":
+        return small_dense(dense, run.density, task.inputs)
+    if run.method in _TAKEN_FROM:
+        parent = replace(run, method=_TAKEN_FROM[run.method])
+        train(parent, folder, root, quick, show=False)
+        masks = torch.load(folder / f"{parent.name}.masks.pt")
+        if run.method == "lottery":  # the weights that its parent started from
+            return sparsify(dense, masks=masks, method="static")
+        torch.manual_seed(run.seed + 1000)
+        return sparsify(task.model(), masks=masks, method="static", init="fan_in")
+    interval = run.interval or task.interval
+    interval = min(interval, max(1, total // 10)) if quick else interval
+    method = METHODS[run.method](interval, run.drop_fraction, task)
+    budget: dict[str, Any] = {} if method.layout.fixed else {"density": run.density}
+    if run.flops:
+        uniform = flop_report(sparsify(dense, run.density, "uniform"), task.inputs)
+        budget = {"flops": uniform.inference_ratio, "inputs": task.inputs}
+    init = "keep" if method.prunes else "fan_in"
+    return sparsify(dense, distribution=run.distribution, method=method, seed=run.seed, init=init, **budget)
+
+
+def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y, label_smoothing=task.smoothing).backward()
+    if task.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+    optimizer.step()
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, content: Any) -> float:
+    """Return the test accuracy in percent, or the bits per character."""
+    model.eval()
+    total = count = 0.0
+    for x, y in content.test():
+        out, y = model(x.to(DEVICE)), y.to(DEVICE)
+        accuracy = task.metric == "accuracy"
+        total += (out.argmax(1) == y).sum().item() if accuracy else F.cross_entropy(out, y, reduction="sum").item()
+        count += y.numel()
+    return 100 * total / count if task.metric == "accuracy" else total / count / math.log(2)
+
+
+def _costs(run: Run, task: Task, model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+    """Return what the run cost relative to dense training of ordinary length, and the densities over time."""
+    report, full = flop_report(model, task.inputs), flop_report(dense, task.inputs)
+    inference, training, history = report.sparse_macs / full.dense_macs, report.sparse_macs / full.dense_macs, []
+    density = report.density
+    if run.method == "small-dense":
+        density = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters())
+    if (updater := model._modules.get("updater")) is not None:
+        training = cost_ledger(model, task.inputs).training_ratio
+        sizes = {name: mask.numel() for name, mask in updater.masks.items()}
+        history = [[h.step, {n: round(c / sizes[n], 5) for n, c in h.nonzeros.items()}] for h in updater.history]
+        history = [entry for i, entry in enumerate(history) if not i or entry[1] != history[i - 1][1]]
+    return {
+        "kept": density,
+        "inference_ratio": inference,
+        "training_ratio": training * run.longer,
+        "densities": history,
+    }
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on after an interruption, in one file that is never half-written."""
+
+    path: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+
+    def save(self, epoch: int, seconds: float) -> None:
+        """Write the state at the end of an epoch."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        partial = self.path.with_suffix(".partial")
+        torch.save({**state, "epoch": epoch, "seconds": seconds, "rng": torch.get_rng_state()}, partial)
+        os.replace(partial, self.path)
+
+    def load(self) -> tuple[int, float]:
+        """Take over the state, if there is one; return the epochs done and the seconds they took."""
+        if not self.path.exists():
+            return 0, 0.0
+        state = torch.load(self.path, map_location=DEVICE)
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["rng"].cpu())
+        return state["epoch"], state["seconds"]
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
