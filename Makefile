@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test format bench zoo clean
+.PHONY: install demo test format bench zoo study clean
 
 install: $(STAMP)
 
@@ -33,6 +33,9 @@ bench: install  ## ratios side by side; rigl-torch runs in an environment of its
 
 zoo: install  ## the table of every torchvision model, benchmarks/ZOO.md
 	$(BIN)/python benchmarks/zoo.py --write
+
+study: install  ## every method on real small data, within 90 minutes on 2 cores: examples/STUDY.md
+	$(BIN)/python examples/study.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -80,7 +80,7 @@ def search(options: argparse.Namespace) -> Results:
     """Search drop fraction and interval of RigL with Optuna, as the reproduction did; the study's file resumes it."""
     import optuna
 
-    task, results = TASKS[options.task], []
+    task = TASKS[options.task]
     options.results.mkdir(parents=True, exist_ok=True)
     better = "maximize" if task.metric == "accuracy" else "minimize"
     storage = f"sqlite:///{options.results / 'search.db'}"
@@ -96,14 +96,12 @@ def search(options: argparse.Namespace) -> Results:
             Run(options.task, density=options.densities[0], seed=seed, interval=interval, drop_fraction=alpha)
             for seed in range(options.seeds)
         ]
-        found = run_all(runs, options)
-        results.extend(found)
-        return statistics.mean(result[task.metric] for result in found)
+        return statistics.mean(result[task.metric] for result in run_all(runs, options))
 
     ended = sum(trial.state.is_finished() for trial in study.trials)
     study.optimize(objective, n_trials=max(0, (2 if options.quick else options.trials) - ended))
     print(f"best of {len(study.trials)} trials: {study.best_params}, {task.metric} {study.best_value:.3f}")
-    return results
+    return [json.loads(path.read_text()) for path in sorted(options.results.glob(f"{options.task}*.json"))]
 
 
 def summarize(results: Results, metric: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Models for tests: small nets that show one thing each, torchvision's zoo, and the papers' WRN-22-2."""
+"""Models for tests: small nets that show one thing each, and torchvision's zoo."""
 
 import torch
 import torch.nn.functional as F
@@ -37,36 +37,6 @@ class Functional(nn.Module):
         x = x.mean((2, 3)) @ self.matrix
         x = self.shared(self.shared(x))
         return x @ self.matrix.t()
-
-
-class _BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(x).relu()
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        return shortcut + self.conv2(self.bn2(self.conv1(out)).relu())
-
-
-class WideResNet22(nn.Module):
-    """WRN-22-2 of the RigL paper and its reproduction: widths 16/32/64/128, 3 blocks a stage."""
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        widths = ((16, 32, 1), (32, 64, 2), (64, 128, 2))
-        self.blocks = nn.Sequential(
-            *(_BasicBlock(i if b == 0 else o, o, s if b == 0 else 1) for i, o, s in widths for b in range(3))
-        )
-        self.bn, self.fc = nn.BatchNorm2d(128), nn.Linear(128, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.bn(self.blocks(self.conv(x))).relu().mean((2, 3)))
 
 
 ZOO = models.list_models()  # quantized names in their float form

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Functional, SmallNet, WideResNet22
+from models import Functional, SmallNet
+from networks import WideResNet22
 from torch import nn
 from torchvision import models
 

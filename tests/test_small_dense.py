@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SmallNet, WideResNet22, input_shape, training_loss
+from models import SmallNet, input_shape, training_loss
+from networks import WideResNet22
 from torch import Tensor, nn
 from torchvision import models
 
