@@ -26,8 +26,8 @@ class Data:
     steps: int  # per epoch
 
 
-def digits(root: Path | None = None, quick: bool = False) -> Data:
-    """Return scikit-learn's 1797 digits: images (n, 1, 8, 8), a third of them for the test."""
+def digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return training and test images (n, 1, 8, 8) and labels (n,) of scikit-learn's 1797 digits, 30% of them for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -35,6 +35,12 @@ def digits(root: Path | None = None, quick: bool = False) -> Data:
     parts = train_test_split(images / 16.0, labels, test_size=0.3, random_state=0, stratify=labels)
     train_x, test_x = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) for x in parts[:2])
     train_y, test_y = (torch.tensor(y) for y in parts[2:])
+    return train_x, train_y, test_x, test_y
+
+
+def digits(root: Path | None = None, quick: bool = False) -> Data:
+    """Return scikit-learn's digits in batches of 64."""
+    train_x, train_y, test_x, test_y = digit_images()
 
     def train(seed: int, epoch: int) -> Batches:
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(1000 * seed + epoch))

@@ -11,39 +11,16 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from data import digit_images
+from networks import digit_net
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sparsify import RigL, Static, sparsify
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 METHODS = {"static": Static(), "rigl": RigL(interval=20, drop_fraction=0.3)}
-
-
-def load() -> Data:
-    """Return training and test images (n, 1, 8, 8) and labels (n,) of the 1797 digits."""
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images / 16.0, labels, test_size=0.3, random_state=0, stratify=labels)
-    train_x, test_x = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) for x in parts[:2])
-    train_y, test_y = (torch.tensor(y) for y in parts[2:])
-    return train_x, train_y, test_x, test_y
-
-
-def network() -> nn.Module:
-    """Return a small convolutional network for 8x8 images: 93k weights."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 72),
-        nn.ReLU(),
-        nn.Linear(72, 10),
-    )
 
 
 def batches(x: Tensor, y: Tensor, epochs: int, seed: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,7 +34,7 @@ def batches(x: Tensor, y: Tensor, epochs: int, seed: int, size: int = 64) -> Ite
 def accuracy(data: Data, epochs: int, seed: int, density: float | None, method: str, init: str) -> float:
     """Train one network and return its test accuracy in percent; `density` None trains it dense."""
     torch.manual_seed(seed)
-    model = network()
+    model = digit_net()
     if density is not None:
         model = sparsify(model, density, "erk", method=METHODS[method], init=init, seed=seed)
     train_x, train_y, test_x, test_y = data
@@ -84,7 +61,7 @@ def main() -> None:
     densities, inits = ([0.05], ["fan_in"]) if quick else ([0.1, 0.05, 0.02], ["keep", "fan_in"])
     torch.set_num_threads(1)  # these tensors are too small to share
     runs = [(None, "dense", "keep"), *product(densities, METHODS, inits)]
-    data, results = load(), {}
+    data, results = digit_images(), {}
     with tqdm(total=len(runs) * seeds, desc="training", unit="run") as progress:
         for run in runs:
             for seed in range(seeds):
