@@ -63,8 +63,8 @@ def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width) -> nn.
     return new
 
 
-def apply_sizes(layer: nn.Module, narrowed: nn.Module) -> None:
-    """Give a layer the sizes of a narrowed copy of it, in place."""
+def apply_sizes(layer: nn.Module, narrowed: nn.Module, by_original: dict[Any, Any]) -> None:
+    """Give a layer the sizes of a narrowed copy of it, in place; remember what became of each tensor in `by_original`."""
     sizes = {name: tuple(t.shape) for name, t in [*narrowed.named_parameters(), *narrowed.named_buffers()]}
     for module, new in zip(layer.modules(), narrowed.modules(), strict=True):
         plain = {k: v for k, v in vars(new).items() if isinstance(v, (int, tuple)) and k != "training"}
@@ -73,7 +73,9 @@ def apply_sizes(layer: nn.Module, narrowed: nn.Module) -> None:
         owner, _, attribute = name.rpartition(".")
         module = layer.get_submodule(owner)
         table: Any = module._parameters if attribute in module._parameters else module._buffers
-        table[attribute] = narrowed_parameter(tensor, sizes[name])
+        if tensor not in by_original:
+            by_original[tensor] = narrowed_parameter(tensor, sizes[name])
+        table[attribute] = by_original[tensor]
     if isinstance(layer, nn.RNNBase):
         layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
 

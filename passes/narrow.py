@@ -93,8 +93,9 @@ class Narrowable:
                 if node in narrowing.constants:
                     by_name = {n.name: n for n in new.nodes}
                     copied.args = fx.map_arg(narrowing.constants[node], lambda n, by_name=by_name: by_name[n.name])
+        by_original: dict[Any, Any] = {}  # so that tied weights stay tied
         for path, layer in narrowing.layers.items():
-            apply_sizes(model.get_submodule(path), layer)
+            apply_sizes(model.get_submodule(path), layer, by_original)
         for name, shape in narrowing.parameters.items():
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)

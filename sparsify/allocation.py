@@ -107,6 +107,8 @@ def check_given(masks: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
                 f"masks are of another architecture: the first that does not fit is {name}, of shape {tuple(mask.shape)}; the "
                 f"model's weight has {by_name[name].shape}."
             )
+        if mask.is_meta:
+            raise ValueError(f"The mask of {name} is on the meta device, where masks have no values.")
         if not mask.any():
             raise ValueError(f"The mask of {name} keeps no weight; at least one of every layer must stay.")
     if missing := [site.name for site in sites if site.name not in masks]:

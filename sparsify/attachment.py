@@ -116,12 +116,14 @@ class Attachment:
         """Return what the update sees of a weight; None if there is nothing to change or to go by."""
         method, goal, mask = self.updater.method, self.updater.goals[b.name], b.mask
         assert method.updates is not None
+        if not b.weight.requires_grad:
+            return None
         if goal.target == mask.mask.numel() and not method.prunes:  # which may prune by one threshold for all layers
             return None
         gradient = None
         if method.updates.replaces_step():
             gradient = opt.dense_gradient(self.optimizer, b.weight)
-            if gradient is None and method.prunes and b.weight.requires_grad:
+            if gradient is None and method.prunes:
                 raise RuntimeError(
                     f"{b.name} has no gradient, by which method {method.name!r} prunes in this step. Call backward() on the "
                     f"loss of a batch before optimizer.step(), or freeze the weight (requires_grad_(False))."

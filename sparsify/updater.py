@@ -96,9 +96,7 @@ class Updater(nn.Module):
     @property
     def pruned(self) -> bool:
         """Whether the masks are sparse yet: a method that prunes while training starts dense."""
-        return not self.method.prunes or any(
-            n < m.numel() for n, m in zip(self._counts(), self.masks.values(), strict=False)
-        )
+        return not self.method.prunes or any(density < 1 for density in self.densities.values())
 
     @property
     def replaced(self) -> tuple[str, ...]:

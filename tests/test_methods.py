@@ -458,6 +458,17 @@ def test_snip_before_any_batch() -> None:
     assert_layout(model)
 
 
+@pytest.mark.parametrize("method", [m for m in TABLE.values() if m.updates], ids=lambda m: m.name)
+def test_a_frozen_layer_keeps_its_mask(method: Method) -> None:
+    model = make(method)
+    model.conv2.weight.requires_grad_(False)
+    before = model.updater.masks["conv2.weight"].clone()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    model.updater.attach(optimizer, total_steps=12)
+    train(model, [optimizer], 12, lambda step: assert_sparse(model))
+    assert torch.equal(model.updater.masks["conv2.weight"], before)
+
+
 def test_a_fan_in_by_hand() -> None:
     model = sparsify(SmallNet(), method=SRigL(fan_in=8))
     assert model.updater.nonzeros == {"conv1.weight": 16 * 8, "conv2.weight": 32 * 8, "fc.weight": 10 * 8}

@@ -109,6 +109,22 @@ def test_sizes_stay_consistent() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.embedding(x)))
+
+
+def test_tied_weights_stay_tied_and_count_once() -> None:
+    small = small_dense(Tied(), 0.5, torch.zeros(1, 4, dtype=torch.long))
+    assert small.head.weight is small.embedding.weight
+    assert parameters(small) <= 0.5 * parameters(Tied()) < parameters(small) * 1.05
+
+
 class Characters(nn.Module):
     def __init__(self) -> None:
         super().__init__()
