@@ -37,7 +37,7 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
         >>> model = nn.Sequential(nn.Linear(10, 100), nn.ReLU(), nn.Linear(100, 10))
         >>> small = small_dense(model, 0.2, (1, 10))
         >>> small[0].weight.shape, sum(p.numel() for p in small.parameters())
-        (torch.Size([20, 10]), 430)
+        (torch.Size([19, 10]), 409)
     """
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ValueError(f"density={density!r} must be a number in (0, 1].")
