@@ -103,7 +103,7 @@ def _list(densities: list[float]) -> str:
     return ", ".join(f"{d:g}" for d in densities) or "-"
 
 
-def write(results: dict[str, Results], quick: bool, minutes: float) -> str:
+def write(results: dict[str, Results], quick: bool) -> str:
     """Compose the text of STUDY.md."""
     head = "# Study\n\nWritten by `make study`: every method on two real tasks that fit on two CPU cores.\n"
     seeds = ", ".join(f"{len({r['run']['seed'] for r in found})} seeds of {task}" for task, found in results.items())
@@ -111,8 +111,8 @@ def write(results: dict[str, Results], quick: bool, minutes: float) -> str:
     work = sum(r["seconds"] for found in results.values() for r in found) / 60
     parts = [
         head,
-        f"{total} runs, {seeds}; {work:.0f} minutes of training on one core each, {minutes:.0f} minutes on the clock "
-        f"(torch {torch.__version__}). Mean and standard deviation over seeds; FLOPs are relative to dense training "
+        f"{total} runs, {seeds}; {work:.0f} minutes of training on one core, so {work / 2:.0f} on two (torch "
+        f"{torch.__version__}). Mean and standard deviation over seeds; FLOPs are relative to dense training "
         f"and inference, counted from the masks the runs had. All sparse runs start from fan-in rescaled weights.",
         "\n" + (HERE / "study_comments.md").read_text().strip() if not quick else "",
     ]
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         plot_scores(summarize(results[task], TASKS[task].metric), TASKS[task].metric, folder)
         plot_densities([r for r in results[task] if r["run"]["distribution"] == "erk"], folder / "densities.png")
     minutes = (time.monotonic() - started) / 60
-    (options.output / "STUDY.md").write_text(write(results, options.quick, minutes))
+    (options.output / "STUDY.md").write_text(write(results, options.quick))
     print(f"{options.output / 'STUDY.md'} written after {minutes:.1f} minutes")
 
 
