@@ -18,7 +18,7 @@ def sizes_of(layer: nn.Module) -> list[tuple[int, int]]:
             return [(layer.out_channels, 1)]
         if layer.groups == layer.in_channels:  # depthwise: outputs follow inputs
             return []
-        multiple = min(layer.groups, layer.in_channels // layer.groups)  # keep the number of groups, or their size
+        multiple = layer.in_channels // layer.groups if _keeps_group_size(layer) else layer.groups
         return [(layer.in_channels, multiple), (layer.out_channels, multiple)]
     if isinstance(layer, nn.Linear):
         return [] if layer.out_features == 3 * layer.in_features else [(layer.out_features, 1)]
@@ -29,6 +29,11 @@ def sizes_of(layer: nn.Module) -> list[tuple[int, int]]:
     if isinstance(layer, nn.Embedding):
         return [(layer.embedding_dim, 1)]
     return [(layer.hidden_size, 1)] if isinstance(layer, nn.RNNBase) else []
+
+
+def _keeps_group_size(conv: nn.modules.conv._ConvNd) -> bool:
+    """Tell whether a narrower convolution has fewer groups rather than smaller ones: what leaves more widths to choose from."""
+    return conv.in_channels == conv.out_channels and conv.groups > 1 and conv.in_channels <= conv.groups**2
 
 
 def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width) -> nn.Module:
@@ -103,8 +108,7 @@ def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width) -> di
         ins = inputs[1]
         if layer.groups == layer.in_channels and layer.groups > 1:
             return {"in_channels": ins, "groups": ins, "out_channels": ins * (layer.out_channels // layer.in_channels)}
-        size = layer.in_channels // layer.groups
-        groups = ins // size if layer.groups > 1 and size <= layer.groups else layer.groups
+        groups = ins * layer.groups // layer.in_channels if _keeps_group_size(layer) else layer.groups
         return {"in_channels": ins, "groups": groups, "out_channels": width(layer.out_channels)}
     if isinstance(layer, nn.Linear):
         ins = inputs[-1]

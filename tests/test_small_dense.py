@@ -68,8 +68,9 @@ class Mixed(nn.Module):
         self.stem = nn.Conv2d(3, 32, 3, padding=1)
         self.groups = nn.Conv2d(32, 32, 3, padding=1, groups=4)
         self.depthwise = nn.Conv2d(32, 64, 3, padding=1, groups=32)
-        self.norm = nn.BatchNorm2d(96)
-        self.merge = nn.Conv2d(96, 48, 1)
+        self.widening = nn.Conv2d(32, 80, 3, padding=1, groups=8)
+        self.norm = nn.BatchNorm2d(176)
+        self.merge = nn.Conv2d(176, 48, 1)
         self.attention = nn.MultiheadAttention(48, 4, batch_first=True)
         self.position = nn.Parameter(torch.randn(1, 64, 48))
         self.table = nn.Embedding(7, 48)
@@ -78,7 +79,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.groups(x)
-        x = self.merge(self.norm(torch.cat([x, self.depthwise(x)], 1)))
+        x = self.merge(self.norm(torch.cat([x, self.depthwise(x), self.widening(x)], 1)))
         tokens = x.reshape(x.shape[0], 48, 64).transpose(1, 2) + self.position
         tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
         return self.head(tokens.mean(1))
@@ -92,7 +93,8 @@ def test_sizes_stay_consistent() -> None:
     assert small.groups.in_channels == small.groups.out_channels == width < 32
     assert small.depthwise.groups == width
     assert small.depthwise.out_channels == 2 * width
-    assert small.norm.num_features == small.merge.in_channels == 3 * width
+    assert small.widening.groups == 8
+    assert small.norm.num_features == small.merge.in_channels == 3 * width + small.widening.out_channels
     assert merged % 4 == 0
     assert small.attention.embed_dim == small.position.shape[2] == small.head.in_features == merged
     assert small.head.out_features == 10
