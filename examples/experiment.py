@@ -122,7 +122,7 @@ def summarize(results: Results, metric: str) -> list[dict[str, Any]]:
                 "seeds": len(values),
                 **{
                     k: statistics.mean(r[k] for r in group)
-                    for k in ("kept", "inference_ratio", "training_ratio", "seconds")
+                    for k in ("kept", "inference_ratio", "training_ratio", "cpu_seconds")
                 },
             }
         )
@@ -148,11 +148,11 @@ def table(rows: list[dict[str, Any]], metric: str) -> str:
             f"{r['mean']:.2f} +- {r['deviation']:.2f}",
             f"{r['training_ratio']:.3f}",
             f"{r['inference_ratio']:.3f}",
-            f"{r['seconds']:.0f}",
+            f"{r['cpu_seconds']:.0f}",
         )
         for r in sorted(rows, key=lambda r: (-r["density"], r["variant"]))
     ]
-    head = ("variant", "density", "kept", metric, "training FLOPs", "inference FLOPs", "seconds")
+    head = ("variant", "density", "kept", metric, "training FLOPs", "inference FLOPs", "CPU seconds")
     return tabulate(cells, head, "github", disable_numparse=True)
 
 

@@ -108,10 +108,10 @@ def write(results: dict[str, Results], quick: bool) -> str:
     head = "# Study\n\nWritten by `make study`: every method on two real tasks that fit on two CPU cores.\n"
     seeds = ", ".join(f"{len({r['run']['seed'] for r in found})} seeds of {task}" for task, found in results.items())
     total = sum(len(found) for found in results.values())
-    work = sum(r["seconds"] for found in results.values() for r in found) / 60
+    work = sum(r["cpu_seconds"] for found in results.values() for r in found) / 60
     parts = [
         head,
-        f"{total} runs, {seeds}; {work:.0f} minutes of training on one core, so {work / 2:.0f} on two (torch "
+        f"{total} runs, {seeds}; {work:.0f} minutes of CPU time, so {work / 2:.0f} on two cores (torch "
         f"{torch.__version__}). Mean and standard deviation over seeds; FLOPs are relative to dense training "
         f"and inference, counted from the masks the runs had. All sparse runs start from fan-in rescaled weights.",
         "\n" + (HERE / "study_comments.md").read_text().strip() if not quick else "",
