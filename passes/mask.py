@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.shards import is_sharded, local, own_part
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20  # elements: the widened mask of one chunk takes 4 MB, and few chunks mean few waits for the threads
 
@@ -17,8 +19,8 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     (`masked_fill_` takes several times as long there, and float * bool lets NaN through).
 
     Args:
-        tensor: floating point, any shape.
-        mask: bool, the same shape.
+        tensor: floating point, any shape; of a sharded one, the part of this rank is changed.
+        mask: bool, the same shape, whole.
 
     Returns:
         The same tensor.
@@ -27,6 +29,9 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
         >>> zero_dropped_(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
         tensor([1., 0.])
     """
+    if is_sharded(tensor):
+        zero_dropped_(local(tensor), own_part(mask, tensor))
+        return tensor
     if not _can_mask_bits(tensor, mask):
         return tensor.masked_fill_(~mask, 0)
     bits, keep = (
@@ -94,6 +99,20 @@ class Mask(nn.Module):
         self.dense_gradient = False
 
     @property
+    def nonzeros(self) -> int:
+        """The number of True elements; counted anew where others wrote to the mask, as averaging of models does."""
+        if self._counted != self._written() and not self.mask.is_meta:
+            self.nonzeros = int(self.mask.sum())
+        return self._nonzeros
+
+    @nonzeros.setter
+    def nonzeros(self, count: int) -> None:
+        self._nonzeros, self._counted = count, self._written()
+
+    def _written(self) -> tuple[int, int]:
+        return id(self.mask), self.mask._version  # moves with every write in place
+
+    @property
     def density(self) -> float:
         """The kept fraction, in (0, 1]."""
         return self.nonzeros / self.mask.numel()
@@ -116,8 +135,8 @@ class Mask(nn.Module):
         return f"density={self.density:.4g}, {self.nonzeros} of {self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The flag belongs to the optimizer that is attached; a copy has none.
-        return {**vars(self), "dense_gradient": False}
+        # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
+        return {**vars(self), "dense_gradient": False, "_counted": None}
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

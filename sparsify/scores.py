@@ -5,10 +5,12 @@ A score is a function of a `LayerState` that returns a tensor of the weight's sh
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from passes.shards import whole
 from sparsify.initialization import uniform_numbers
 
 
@@ -17,6 +19,7 @@ class LayerState:
     """What an update sees of one masked weight.
 
     `gradient` and `momentum` are None unless the method asks for them; the gradient is dense, dropped positions included.
+    All tensors are whole: what FSDP shards is gathered when it is read, so that one layer at a time is.
     """
 
     name: str
@@ -30,6 +33,9 @@ class LayerState:
     momentum: Tensor | None  # exponential moving average of the gradient
     step: int  # optimizer steps, counted from 1
     seed: int
+
+    def __getattribute__(self, name: str) -> Any:
+        return whole(super().__getattribute__(name))
 
 
 Score = Callable[[LayerState], Tensor]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from passes.mask import Mask, zero_dropped_
+from passes.shards import is_sharded, local, own_part, whole
 from sparsify import optimizers as opt
 from sparsify.method import Method, Updates
 from sparsify.scores import LayerState
@@ -67,6 +68,7 @@ def observe(updates: Updates, bound: Bound, average: Tensor | None, optimizer: O
     if gradient is None:
         return
     if average is not None and updates.momentum is not None:
+        gradient = whole(gradient)
         average.lerp_(torch.where(gradient.isfinite().all(), gradient, average), 1 - updates.momentum)
     if updates.dense_gradients == "always" and bound.weight.grad is not None:
         zero_dropped_(bound.weight.grad, bound.mask.mask)
@@ -85,9 +87,11 @@ def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _each_layer(changes: Iterable[functools.partial[None]]) -> None:
-    """Run the changes of independent layers: one after the other on a device, side by side on the CPU, largest first."""
+    """Run the changes of independent layers: side by side on the CPU, largest first; one after the other where they wait
+    for a device or for other ranks.
+    """
     ordered = sorted(changes, key=lambda change: -change.args[1].mask.numel())
-    if all(change.args[1].mask.device.type == "cpu" for change in ordered):
+    if all(c.args[1].mask.device.type == "cpu" and not is_sharded(c.args[0].weight) for c in ordered):
         list(_workers(os.getpid()).map(lambda change: change(), ordered))
     else:
         for change in ordered:
@@ -115,12 +119,13 @@ def _change(
     mask.mask.logical_xor_(changed)
     zero_dropped_(weight, mask.mask)
     if grown is not None:
-        weight.copy_(torch.where(changed & mask.mask, grown, weight))
-    _count(mask, grow - drop if method.layout.exact else None)
+        _fill(weight, grown, changed & mask.mask)
+    mask.nonzeros = state.nonzeros + grow - drop if method.layout.exact else int(mask.mask.sum())
     unchanged = changed.logical_not_()
     for kept in opt.state_tensors(optimizer, weight):
         zero_dropped_(kept, unchanged)
 
 
-def _count(mask: Mask, difference: int | None) -> None:
-    mask.nonzeros = int(mask.mask.sum()) if difference is None else mask.nonzeros + difference
+def _fill(weight: Tensor, values: Tensor, where: Tensor) -> None:
+    own = local(weight)
+    own.copy_(torch.where(own_part(where, weight), own_part(values, weight), own))

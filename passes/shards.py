@@ -1,0 +1,47 @@
+"""Shards: tensors of which every rank holds a part, as FSDP2 (`fully_shard`) makes of parameters.
+
+Masks are whole on every rank: one byte per weight, and no communication to keep them equal. What is sharded is gathered
+where a mask is decided, and masked where it lies.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate
+else:
+    DTensor = Replicate = ()
+
+
+def is_sharded(value: Any) -> bool:
+    """Tell whether a tensor is spread over ranks."""
+    return isinstance(value, DTensor)
+
+
+def whole(value: Any) -> Any:
+    """Return a tensor with the parts of all ranks, and anything else as it is. Every rank has to call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, sharing its memory, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that lies where this rank's part of `like` does; no communication.
+
+    Args:
+        tensor: the same on every rank, the shape of `like`.
+        like: a tensor, sharded or not.
+
+    Returns:
+        `tensor` itself where `like` is not sharded.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to_local()
