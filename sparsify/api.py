@@ -21,6 +21,7 @@ from sparsify.initialization import rescale_to_fan_in
 from sparsify.layouts import ELEMENTS
 from sparsify.method import Goal, Method
 from sparsify.methods import METHODS
+from sparsify.ranks import ignore_in_ddp
 from sparsify.updater import Updater
 
 Patterns = Mapping[str, float]
@@ -118,6 +119,7 @@ def sparsify(
     model = install(mask_weights(model, capture, drawn), capture)
     adapt_weights(model, sites)
     model.updater = Updater(model, method, goals, rules, capture.opaque, seed)
+    ignore_in_ddp(model)
     return model
 
 

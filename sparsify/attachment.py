@@ -42,6 +42,13 @@ class Attachment:
         )
         _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
 
+    @torch.no_grad()
+    def mask_everything(self) -> None:
+        """Set dropped weights and what the optimizer keeps for them to 0, after masks came from elsewhere."""
+        for b in self.bound:
+            for tensor in (b.weight, *opt.state_tensors(self.optimizer, b.weight)):
+                zero_dropped_(tensor, b.mask.mask)
+
     def remove(self) -> None:
         """Let go of the optimizer."""
         self._set_dense_gradients(False)
@@ -65,6 +72,7 @@ class Attachment:
         return updates is not None and updates.dense_at(step, self.updater.total_steps)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self.updater.compare_ranks()
         updates, step = self.updater.method.updates, self.step + 1
         if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
             return None

@@ -13,10 +13,26 @@ from passes.mask import masks_of
 T = TypeVar("T")
 
 
+_WRAPPERS = {  # by the name of the class, so that nothing of torch.distributed has to be there
+    "DistributedDataParallel": ("DistributedDataParallel", "ddp = DistributedDataParallel(model)"),
+    "FullyShardedDataParallel": ("FullyShardedDataParallel", "fully_shard(model)"),
+    "FSDPModule": ("fully_shard", "fully_shard(model)"),
+    "DataParallel": ("DataParallel", "wrapped = DataParallel(model)"),
+    "OptimizedModule": ("torch.compile", "compiled = torch.compile(model)"),
+    "AveragedModel": ("AveragedModel", "average = AveragedModel(model)"),
+}
+
+
 def check_model(model: Any) -> None:
     """Raise unless `model` is a dense module that can be made sparse."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify() takes a torch.nn.Module, not {type(model).__name__}.")
+    for kind, (wrapper, how) in _WRAPPERS.items():
+        if any(cls.__name__ == kind for cls in type(model).__mro__):
+            raise ValueError(
+                f"The model is wrapped by {wrapper} already. Sparsify the plain model first, then wrap it: "
+                f"model = sparsify(model, ...); {how}; then make the optimizer and call updater.attach()."
+            )
     if masks_of(model):
         raise ValueError("The model is sparse already. Sparsify the dense model again, or fold() this one first.")
     if hasattr(model, "updater"):

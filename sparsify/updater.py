@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from passes.mask import masks_of
 from sparsify.attachment import Attachment, check_attach
+from sparsify import ranks
 from sparsify.history import State, Topology
 from sparsify.loading import check_before_load, settle_after_load
 from sparsify.method import Goal, Method
@@ -54,6 +55,8 @@ class Updater(nn.Module):
         self._steps = [0]
         self._total_steps = 0
         self._history: list[tuple[int, tuple[int, ...]]] = []
+        self._process_group: Any = None
+        self._compared = False
         if method.updates and method.updates.momentum is not None:
             for name in self.goals:
                 self.register_buffer(_momentum_of(name), torch.zeros_like(model.get_parameter(name)))
@@ -128,7 +131,7 @@ class Updater(nn.Module):
 
     # What a training loop calls.
 
-    def attach(self, *optimizers: Optimizer, total_steps: int) -> None:
+    def attach(self, *optimizers: Optimizer, total_steps: int, process_group: Any = None) -> None:
         """Let the optimizers' steps drive the topology: the one line a training loop gains.
 
         After a `load_state_dict` training goes on at the saved step; otherwise steps are counted from 1.
@@ -136,6 +139,8 @@ class Updater(nn.Module):
         Args:
             *optimizers: every optimizer that trains masked weights, made from this model's parameters.
             total_steps: optimizer steps of the whole run, from 1; the method's schedule is laid out over them.
+            process_group: the ranks that train this model together, where torch.distributed is initialized; by default all.
+                The first step compares their masks.
 
         Raises:
             RuntimeError: already attached.
@@ -157,7 +162,7 @@ class Updater(nn.Module):
                 stacklevel=2,
             )
         steps = self._clocks()
-        self._total_steps = total_steps
+        self._total_steps, self._process_group, self._compared = total_steps, process_group, False
         for i, optimizer in enumerate(optimizers):
             exposed = [name for name in self.goals if self._is_exposed(name)]
             step = steps[i] if i < len(steps) else max(steps)
@@ -177,9 +182,26 @@ class Updater(nn.Module):
             attachment.remove()
         self._attached, self._steps, self._total_steps = [], [0], 0
 
+    def synchronize(self) -> None:
+        """Take over masks, step and history of the rank that has taken most steps; every rank has to call it.
+
+        For ranks with uneven inputs, after `with ddp.join():`, where the last rank goes on alone and the masks of the others
+        fall behind. The parameters are those that DDP has made equal.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialized.
+        """
+        if not ranks.is_distributed():
+            raise RuntimeError("synchronize() is for several ranks: torch.distributed is not initialized here, or has one.")
+        ranks.take_over(self, self._model[0], self._process_group)
+        for attachment in self._attached:
+            attachment.mask_everything()
+        self._settle_gradients()
+
     def remove(self) -> None:
         """Detach, and take this module off its model; the masks stay."""
         self.detach()
+        ranks.ignore_in_ddp(self._model[0], ignore=False)
         for handle in self._load_hooks:
             handle.remove()
         del self._model[0].updater
@@ -188,6 +210,12 @@ class Updater(nn.Module):
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
 
     # What attachments call.
+
+    def compare_ranks(self) -> None:
+        """Raise if ranks hold different masks; once after `attach` or a load, when all of them take a step."""
+        if not self._compared and ranks.is_distributed():
+            ranks.check_same(self, self._model[0], self._process_group)
+        self._compared = True
 
     def momentum(self, name: str) -> Tensor | None:
         """Return the moving average of a weight's gradient, if the method keeps one."""
@@ -218,7 +246,7 @@ class Updater(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached: the hooks belong to the optimizers of the original.
-        return {**vars(self), "_attached": [], "_steps": self._clocks()}
+        return {**vars(self), "_attached": [], "_steps": self._clocks(), "_process_group": None}
 
     def get_extra_state(self) -> Tensor:
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
@@ -249,4 +277,5 @@ def _momentum_of(name: str) -> str:
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     settle_after_load(model)
     if isinstance(updater := model._modules.get("updater"), Updater):
+        updater._compared = False
         updater._settle_gradients()

@@ -1,0 +1,77 @@
+"""Ranks: the processes of distributed training hold the same masks, and are compared instead of being told every step."""
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from passes.mask import Mask, masks_of
+
+if TYPE_CHECKING:
+    from sparsify.updater import Updater
+
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
+
+
+def ignore_in_ddp(model: nn.Module, ignore: bool = True) -> None:
+    """Tell DistributedDataParallel to leave masks and the updater's buffers out of its broadcast before every forward."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, Mask) or path == "updater"]
+    own = [f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_buffers()]
+    others = [name for name in vars(model).pop(_IGNORED, ()) if name not in own]
+    if names := [*others, *own] if ignore else others:
+        vars(model)[_IGNORED] = names
+
+
+def is_distributed() -> bool:
+    """Tell whether this process trains beside others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_same(updater: "Updater", model: nn.Module, group: Any) -> None:
+    """Raise on every rank unless all hold the same masks, schedule and step.
+
+    Args:
+        updater: of the model.
+        model: the masked model.
+        group: the process group to compare; None is the default one.
+
+    Raises:
+        RuntimeError: naming the first difference.
+    """
+    own = _facts(updater, model)
+    others: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(others, own, group)
+    for rank, facts in enumerate(others):
+        for name in dict.fromkeys([*others[0], *facts]):
+            if facts.get(name) != others[0].get(name):
+                raise RuntimeError(
+                    f"Ranks 0 and {rank} would train different networks; the first difference is {name}. Call sparsify() "
+                    f"with the same model, arguments and seed on every rank and load the same checkpoint on all of them, or "
+                    f"let updater.synchronize() take over what the rank that has trained longest holds."
+                )
+
+
+def _facts(updater: "Updater", model: nn.Module) -> dict[str, Any]:
+    facts = {"the method": updater.method.name, "total_steps": updater.total_steps, "the step": updater.step}
+    facts |= {"the seed": updater.seed}
+    for name, mask in masks_of(model).items():
+        bits = mask.mask.detach().contiguous().view(torch.uint8).cpu().numpy()
+        facts[f"the mask of {name}"] = (mask.nonzeros, zlib.crc32(bits))
+    return facts
+
+
+def take_over(updater: "Updater", model: nn.Module, group: Any) -> None:
+    """Give every rank the updater's state and the masks of the rank that has taken most steps."""
+    steps: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(steps, updater.step, group)
+    source = steps.index(max(steps))
+    source = dist.get_global_rank(group, source) if group is not None else source
+    state = [updater.get_extra_state()]
+    device = next(iter(masks_of(model).values())).mask.device
+    dist.broadcast_object_list(state, source, group, device if device.type != "cpu" else None)
+    for buffer in [*(mask.mask for mask in masks_of(model).values()), *updater.buffers()]:
+        dist.broadcast(buffer, source, group)
+    updater.set_extra_state(state[0])
