@@ -6,7 +6,7 @@ the model run the graphs.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Capture:
     leaves: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module) -> Capture:
+def trace(model: nn.Module, blocks: Iterable[str] = ()) -> Capture:
     """Trace the maximal traceable regions of a model; the model is left as it was.
 
     The whole model is one region (path "") where fx can trace it. A module whose Python code cannot be traced, or that
@@ -67,6 +67,7 @@ def trace(model: nn.Module) -> Capture:
 
     Args:
         model: any module, on any device including meta.
+        blocks: paths of modules that stay modules: a region each, which the graph around them calls.
 
     Returns:
         The regions and the reasons for what is not one.
@@ -83,12 +84,13 @@ def trace(model: nn.Module) -> Capture:
     opaque: dict[str, str] = {}
     leaves: list[str] = []
     seen: set[nn.Module] = set()
+    whole = frozenset(model.get_submodule(path) for path in blocks)
 
     def visit(path: str, module: nn.Module) -> None:
         if module in seen or next(module.parameters(), None) is None:
             return
         seen.add(module)
-        traced = _why_not(module, path) or _trace_region(module)
+        traced = _why_not(module, path) or _trace_region(module, whole)
         if isinstance(traced, str) and is_builtin(module):
             leaves.append(path)
             inside = []
@@ -125,7 +127,7 @@ def _why_not(module: nn.Module, path: str) -> str | None:
     return None
 
 
-def _trace_region(module: nn.Module) -> Region | str:
+def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | str:
     """Trace one module in both modes, or say why it cannot be."""
     before, graphs = Snapshot.of(module, rng_state()), {}
     inside = [(path, child, dict(vars(child))) for path, child in module.named_modules() if path]
@@ -133,7 +135,7 @@ def _trace_region(module: nn.Module) -> Region | str:
         for mode in (True, False):
             for child in module.modules():
                 vars(child)["training"] = mode
-            graphs[mode] = _without_unread_attributes(_trace_graph(module, before))
+            graphs[mode] = _without_unread_attributes(_trace_graph(module, before, blocks))
     except Exception as error:
         _undo_writes(inside)
         before.restore(module)
@@ -150,11 +152,11 @@ def _trace_region(module: nn.Module) -> Region | str:
     return Region(graphs, constants)
 
 
-def _trace_graph(module: nn.Module, before: Snapshot) -> fx.Graph:
+def _trace_graph(module: nn.Module, before: Snapshot, blocks: frozenset[nn.Module]) -> fx.Graph:
     """Trace a module in its mode; the graph calls Python functions that cannot be traced into as they are."""
     called: set[Callable[..., Any]] = set()
     while True:
-        tracer, kept = Tracer(before.rng, called), _constants(module, before)
+        tracer, kept = Tracer(before.rng, called, blocks), _constants(module, before)
         try:
             graph = tracer.trace(module)
         except Exception as error:

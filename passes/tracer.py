@@ -7,7 +7,7 @@ faithfully stays a call, of a module or of a function.
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -58,18 +58,21 @@ class Tracer(fx.Tracer):
     """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
 
     `rng` is the state of the random generators, which tracing must not move. `called` are Python functions that the graph
-    calls as they are; `refused` collects those that cannot be traced into.
+    calls as they are; `refused` collects those that cannot be traced into. `blocks` are modules that a graph calls whole
+    because somebody wants to go on calling them as modules.
     """
 
     proxy_buffer_attributes = True  # a buffer is read when the graph runs, not when it is traced
 
-    def __init__(self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = ()) -> None:
+    def __init__(
+        self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = (), blocks: Container[nn.Module] = ()
+    ) -> None:
         super().__init__(autowrap_functions=tuple(called))
-        self.rng = rng
+        self.rng, self.blocks = rng, blocks
         self.refused: set[Callable[..., Any]] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_builtin(m) or is_called_whole(m)
+        return is_builtin(m) or is_called_whole(m) or m in self.blocks
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -14,7 +14,7 @@ from passes.mask import Mask, masks_of
 from passes.masking import mask_weights
 from passes.sites import Site, find_sites
 from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
-from sparsify.checks import as_patterns, check_budget, check_model, matching, resolve
+from sparsify.checks import as_patterns, check_budget, check_model, matching, matching_paths, resolve
 from sparsify.distributions import DISTRIBUTIONS, Distribution
 from sparsify.flops import flop_report
 from sparsify.initialization import rescale_to_fan_in
@@ -37,6 +37,7 @@ def sparsify(
     inputs: Any = None,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
+    blocks: Iterable[str] = (),
     masks: nn.Module | Mapping[str, torch.Tensor] | None = None,
     init: str = "keep",
     seed: int = 0,
@@ -61,6 +62,8 @@ def sparsify(
         exclude: fnmatch patterns of parameter names that stay dense.
         include: fnmatch patterns of parameter names that are masked whatever reads them: embeddings, norm gains, weights of
             operations that are not known.
+        blocks: patterns of module paths, in which `*` stops at dots ("layer?.*", "encoder.layers.*"): these modules go on
+            being called as modules, each with a graph of its own, as `fully_shard` per block and hooks need it.
         masks: instead of a density: a sparsified model to take the masks of, or {parameter name: bool mask}. With the weights
             a trained network started from they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
@@ -89,6 +92,7 @@ def sparsify(
     adapt_weights = resolve(init, INITS, "init")
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
+    paths = matching_paths(as_patterns(blocks, "blocks"), [path for path, _ in model.named_modules() if path])
     included = matching(include, names, "include")
     excluded = {
         name: f"excluded by {pattern!r}" for pattern in exclude for name in matching([pattern], names, "exclude")
@@ -99,7 +103,7 @@ def sparsify(
     }
 
     model = model if inplace else copy.deepcopy(model)
-    capture = trace(model)
+    capture = trace(model, paths)
     sites = find_sites(model, capture, included)
     rules = _dense_by_rule(sites, excluded, method)
     if inputs is not None:

@@ -85,8 +85,23 @@ def as_patterns(patterns: Any, what: str) -> tuple[str, ...]:
     """Turn one pattern or several into a tuple."""
     patterns = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
     if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
-        raise ValueError(f"{what} takes fnmatch patterns of parameter names, not {strange[0]!r}.")
+        raise ValueError(f"{what} takes fnmatch patterns of names, not {strange[0]!r}.")
     return patterns
+
+
+def matching_paths(patterns: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """List the module paths that any of the patterns matches, part by part; each pattern must match one."""
+    found = []
+    for pattern in patterns:
+        parts = pattern.split(".")
+        split = {path: path.split(".") for path in paths}
+        matches = [p for p, own in split.items() if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts))]
+        if not matches:
+            near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
+            hint = f"the nearest is {near[0]!r}" if near else f"modules are {', '.join(paths[:5])}, ..."
+            raise ValueError(f"blocks: pattern {pattern!r} matches no module; {hint}.")
+        found += matches
+    return found
 
 
 def matching(patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:

@@ -23,15 +23,19 @@ class Topology:
     nonzeros: dict[str, int]
 
 
+_VERSION = 2  # of the layout
+
+
 @dataclass
 class State:
     """What the updater keeps on the host, and its form in a `state_dict`: one CPU tensor of integers.
 
-    Layout: seed, total_steps, skipped updates, the numbers of clocks, of counts and of history entries; then the clocks, the
-    nonzeros, the targets, and for every entry of the history its step and its counts. Counts are stored where they differ
+    Layout: version, seed, total_steps, skipped updates, the numbers of the method's letters, of clocks, of counts and of history
+    entries; then the letters, the clocks, the nonzeros, the targets, and for every entry of the history its step and its counts. Counts are stored where they differ
     from those of the entry before: each entry has the number of differences, then (index, count) pairs.
     """
 
+    method: str = ""
     seed: int = 0
     total_steps: int = 0
     skipped: int = 0
@@ -42,7 +46,9 @@ class State:
 
     def encode(self) -> Tensor:
         """Return the state as a tensor."""
-        numbers = [self.seed, self.total_steps, self.skipped, len(self.clocks), len(self.nonzeros), len(self.history)]
+        letters = self.method.encode()
+        numbers = [_VERSION, self.seed, self.total_steps, self.skipped]
+        numbers += [len(letters), len(self.clocks), len(self.nonzeros), len(self.history), *letters]
         numbers += [*self.clocks, *self.nonzeros, *self.targets]
         before = (-1,) * len(self.nonzeros)
         for step, counts in self.history:
@@ -60,8 +66,12 @@ class State:
         """
         numbers = iter(tensor.tolist())
         try:
-            seed, total, skipped, clocks, counts, entries = (next(numbers) for _ in range(6))
-            state = State(seed, total, skipped, *([next(numbers) for _ in range(n)] for n in (clocks, counts, counts)))
+            if next(numbers) != _VERSION:
+                raise IndexError
+            seed, total, skipped, letters, clocks, counts, entries = (next(numbers) for _ in range(7))
+            method = bytes(next(numbers) for _ in range(letters)).decode()
+            lists = ([next(numbers) for _ in range(n)] for n in (clocks, counts, counts))
+            state = State(method, seed, total, skipped, *lists)
             before = (-1,) * counts
             for _ in range(entries):
                 step, changes = next(numbers), next(numbers)
@@ -72,6 +82,6 @@ class State:
                         row[index] = count
                     before = tuple(row)
                 state.history.append((step, before))
-        except (StopIteration, RuntimeError, IndexError) as error:
+        except (StopIteration, RuntimeError, IndexError, ValueError) as error:
             raise ValueError("The state_dict's entry updater._extra_state is damaged or of another version.") from error
         return state

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from passes.mask import Mask, masks_of, zero_dropped_
 from sparsify.history import State
@@ -15,7 +15,7 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
     state = state_dict.get(f"{prefix}updater._extra_state")
-    counts = _saved_counts(model, state) if state is not None else {}
+    counts = _check_training(model, State.decode(state)) if state is not None else {}
     for name, mask in masks.items():
         saved = state_dict.get(f"{prefix}{name}_mask.mask")
         if saved is None:
@@ -33,19 +33,32 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
             )
 
 
-def _saved_counts(model: nn.Module, state: Tensor) -> dict[str, int]:
-    goals = getattr(model._modules.get("updater"), "goals", {})
-    counts = State.decode(state).nonzeros
-    if len(counts) != len(goals):
-        raise ValueError(f"The state_dict is of {len(counts)} masked weights, the model has {len(goals)}.")
-    return dict(zip(goals, counts, strict=True))
+def _check_training(model: nn.Module, state: State) -> dict[str, int]:
+    """Raise if a state_dict is of another method or density; return the counts that it says its masks have."""
+    updater: Any = model._modules.get("updater")
+    if updater is None:
+        return {}
+    otherwise = "or take over its masks alone: sparsify(model, masks={parameter name: mask})"
+    if len(state.nonzeros) != len(updater.goals):
+        raise ValueError(f"The state_dict is of {len(state.nonzeros)} masked weights, the model has {len(updater.goals)}.")
+    if state.method != updater.method.name:
+        raise ValueError(
+            f"The state_dict was trained by method {state.method!r}, the model's is {updater.method.name!r}. Sparsify with "
+            f"method={state.method!r} to go on, {otherwise}."
+        )
+    for (name, goal), target in zip(updater.goals.items(), state.targets, strict=True):
+        if goal.target != target:
+            raise ValueError(
+                f"The state_dict is of another density or distribution; the first difference is {name}, of which it is to "
+                f"keep {target} weights and the model {goal.target}. Sparsify as for the checkpoint to go on, {otherwise}."
+            )
+    return dict(zip(updater.goals, state.nonzeros, strict=True))
 
 
 def settle_after_load(model: nn.Module) -> None:
     """Make counts and zeros follow what was loaded."""
     for name, mask in masks_of(model).items():
         if not mask.mask.is_meta:
-            mask.nonzeros = int(mask.mask.sum())
             with torch.no_grad():
                 zero_dropped_(model.get_parameter(name), mask.mask)
 

@@ -157,10 +157,7 @@ class Updater(nn.Module):
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
         check_attach(self._model[0], self.method, optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
-            warnings.warn(
-                f"total_steps was {self._total_steps} before step {self.step} and is {total_steps} from here on.",
-                stacklevel=2,
-            )
+            warnings.warn(self._longer(total_steps), stacklevel=2)
         steps = self._clocks()
         self._total_steps, self._process_group, self._compared = total_steps, process_group, False
         for i, optimizer in enumerate(optimizers):
@@ -205,6 +202,20 @@ class Updater(nn.Module):
         for handle in self._load_hooks:
             handle.remove()
         del self._model[0].updater
+
+    def _longer(self, total_steps: int) -> str:
+        """Say what a change of the total steps does to the schedule."""
+        text = f"total_steps was {self._total_steps} up to step {self.step} and is {total_steps} from here on."
+        if (updates := self.method.updates) is None:
+            return text
+        before, after = updates.steps(self._total_steps), updates.steps(total_steps)
+        ends = f"The last update moves from step {before[-1] if before else 0} to {after[-1]}"
+        coming = next((t for t in after if t > self.step), None)
+        if coming is None:
+            return f"{text} {ends}: none is left."
+        amounts = [updates.amount(min(coming, total), total) for total in (self._total_steps, total_steps)]
+        what = "share of the final sparsity" if self.method.prunes else "drop fraction"
+        return f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
 
     def _is_exposed(self, name: str) -> bool:
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
@@ -253,7 +264,7 @@ class Updater(nn.Module):
         targets = [goal.target for goal in self.goals.values()]
         counts, clocks = list(self._counts()), self._clocks()
         return State(
-            self.seed, self._total_steps, self.skipped_updates, clocks, counts, targets, self._history
+            self.method.name, self.seed, self._total_steps, self.skipped_updates, clocks, counts, targets, self._history
         ).encode()
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -264,7 +275,6 @@ class Updater(nn.Module):
             attachment.step = step
         self._total_steps = saved.total_steps or self._total_steps
         self._history = saved.history
-        self.goals = {n: replace(g, target=t) for (n, g), t in zip(self.goals.items(), saved.targets, strict=True)}
         self._skipped_before = saved.skipped
         self.skipped.zero_()
 
@@ -277,5 +287,9 @@ def _momentum_of(name: str) -> str:
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     settle_after_load(model)
     if isinstance(updater := model._modules.get("updater"), Updater):
+        alone = any(key.endswith("updater._extra_state") for key in incompatible_keys.missing_keys)
+        if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
+            counts = updater.nonzeros
+            updater.goals = {n: replace(g, target=counts.get(n, g.target)) for n, g in updater.goals.items()}
         updater._compared = False
         updater._settle_gradients()
