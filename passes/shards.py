@@ -4,33 +4,31 @@ Masks are whole on every rank: one byte per weight, and no communication to keep
 where a mask is decided, and masked where it lies.
 """
 
+import sys
 from typing import Any
 
-import torch
 from torch import Tensor
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
-else:
-    DTensor = Replicate = ()
 
 
 def is_sharded(value: Any) -> bool:
     """Tell whether a tensor is spread over ranks."""
-    return isinstance(value, DTensor)
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # half a second to import, and without it there is no such tensor
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def whole(value: Any) -> Any:
     """Return a tensor with the parts of all ranks, and anything else as it is. Every rank has to call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """Return this rank's part of a sharded tensor, sharing its memory, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+def own_part(tensor: Tensor, like: Any) -> Tensor:
     """Return the part of a whole tensor that lies where this rank's part of `like` does; no communication.
 
     Args:
@@ -40,8 +38,10 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     Returns:
         `tensor` itself where `like` is not sharded.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh = like.device_mesh
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to_local()

@@ -2,6 +2,7 @@
 
 from passes.captured import graphs
 from sparsify.api import fold, sparsify
+from sparsify.checkpoints import load_checkpoint, save_checkpoint
 from sparsify.flops import flop_report
 from sparsify.history import Topology
 from sparsify.ledger import CostLedger, cost_ledger
@@ -10,6 +11,7 @@ from sparsify.methods import SET, SNFS, RigL, Static
 from sparsify.pruning import GMP, SNIP
 from sparsify.report import FlopReport
 from sparsify.small_dense import small_dense
+from sparsify.sparse_files import load_sparse, read_sparse, save_sparse
 from sparsify.structured import NM, SRigL
 from sparsify.views import draw_graph, graph_table
 
@@ -33,6 +35,11 @@ __all__ = [
     "fold",
     "graph_table",
     "graphs",
+    "load_checkpoint",
+    "load_sparse",
+    "read_sparse",
+    "save_checkpoint",
+    "save_sparse",
     "small_dense",
     "sparsify",
 ]

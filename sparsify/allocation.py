@@ -78,24 +78,33 @@ def given_masks(masks: Any) -> dict[str, Tensor]:
     """Turn what users pass as `masks` into {parameter name: bool mask}.
 
     Raises:
-        ValueError: it is neither a sparsified model nor such a mapping.
+        ValueError: it is neither a model that is sparse, by its masks or by zeros in its weights, nor such a mapping.
     """
     if isinstance(masks, nn.Module) and masks_of(masks):
         return {name: mask.mask for name, mask in masks_of(masks).items()}
+    if isinstance(masks, nn.Module):
+        kept = {name: p.detach() != 0 for name, p in masks.named_parameters() if p.dim() > 1 and not p.is_meta}
+        if not all(mask.all() for mask in kept.values()):
+            return kept
+        raise ValueError("masks is a model that has neither masks nor zeros in its weights. Prune it first.")
     if (
         isinstance(masks, Mapping)
         and masks
         and all(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks.values())
     ):
         return dict(masks)
-    raise ValueError(
-        f"masks takes a model that sparsify() returned or {{parameter name: bool mask}}, not {type(masks).__name__}."
-    )
+    raise ValueError(f"masks takes a sparse model or {{parameter name: bool mask}}, not {type(masks).__name__}.")
 
 
-def check_given(masks: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
-    """Raise at the first mask that does not fit the model, or weight that has none."""
+def check_given(masks: Any, given: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the masks of the sites.
+
+    Raises:
+        ValueError: at the first mask that does not fit the model, or weight that has none.
+    """
     by_name = {site.name: site for site in sites}
+    zeros = isinstance(masks, nn.Module) and not masks_of(masks)  # of which embeddings, for one, may have some too
+    masks = {name: mask for name, mask in given.items() if name in by_name or not zeros}
     for name, mask in masks.items():
         if name not in by_name:
             raise ValueError(
@@ -116,3 +125,4 @@ def check_given(masks: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
             f"masks has none for {missing[0]}: they are of another architecture, or the weight is to stay dense "
             f"(exclude=[{missing[0]!r}])."
         )
+    return masks

@@ -64,8 +64,9 @@ def sparsify(
             operations that are not known.
         blocks: patterns of module paths, in which `*` stops at dots ("layer?.*", "encoder.layers.*"): these modules go on
             being called as modules, each with a graph of its own, as `fully_shard` per block and hooks need it.
-        masks: instead of a density: a sparsified model to take the masks of, or {parameter name: bool mask}. With the weights
-            a trained network started from they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
+        masks: instead of a density: a sparsified model to take the masks of, a pruned dense one whose zeros say what is dropped
+            (`model` itself, for one), or {parameter name: bool mask}. With the weights that a trained network started from
+            they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
         seed: of the random masks.
@@ -110,7 +111,7 @@ def sparsify(
         _prove_coverage(model, {*excluded, *(site.name for site in sites)}, inputs)
     candidates = [site for site in sites if site.name not in rules]
     if masks is not None:
-        check_given(given, candidates)
+        given = check_given(masks, given, candidates)
         counts = {name: int(mask.sum()) for name, mask in given.items()}
     else:
         if flops is not None:

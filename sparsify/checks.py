@@ -95,7 +95,9 @@ def matching_paths(patterns: Iterable[str], paths: Sequence[str]) -> list[str]:
     for pattern in patterns:
         parts = pattern.split(".")
         split = {path: path.split(".") for path in paths}
-        matches = [p for p, own in split.items() if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts))]
+        matches = [
+            p for p, own in split.items() if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts))
+        ]
         if not matches:
             near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
             hint = f"the nearest is {near[0]!r}" if near else f"modules are {', '.join(paths[:5])}, ..."

@@ -30,9 +30,10 @@ _VERSION = 2  # of the layout
 class State:
     """What the updater keeps on the host, and its form in a `state_dict`: one CPU tensor of integers.
 
-    Layout: version, seed, total_steps, skipped updates, the numbers of the method's letters, of clocks, of counts and of history
-    entries; then the letters, the clocks, the nonzeros, the targets, and for every entry of the history its step and its counts. Counts are stored where they differ
-    from those of the entry before: each entry has the number of differences, then (index, count) pairs.
+    Layout: version, seed, total_steps, skipped updates, the numbers of letters in the method's name, of clocks, of counts and
+    of history entries; then the letters, the clocks, the nonzeros, the targets, and for every entry of the history its step and
+    its counts. Counts are stored where they differ from those of the entry before: each entry has the number of differences,
+    then (index, count) pairs.
     """
 
     method: str = ""

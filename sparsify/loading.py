@@ -40,7 +40,9 @@ def _check_training(model: nn.Module, state: State) -> dict[str, int]:
         return {}
     otherwise = "or take over its masks alone: sparsify(model, masks={parameter name: mask})"
     if len(state.nonzeros) != len(updater.goals):
-        raise ValueError(f"The state_dict is of {len(state.nonzeros)} masked weights, the model has {len(updater.goals)}.")
+        raise ValueError(
+            f"The state_dict is of {len(state.nonzeros)} masked weights, the model has {len(updater.goals)}."
+        )
     if state.method != updater.method.name:
         raise ValueError(
             f"The state_dict was trained by method {state.method!r}, the model's is {updater.method.name!r}. Sparsify with "

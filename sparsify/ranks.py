@@ -59,7 +59,7 @@ def _facts(updater: "Updater", model: nn.Module) -> dict[str, Any]:
     facts |= {"the seed": updater.seed}
     for name, mask in masks_of(model).items():
         bits = mask.mask.detach().contiguous().view(torch.uint8).cpu().numpy()
-        facts[f"the mask of {name}"] = (mask.nonzeros, zlib.crc32(bits))
+        facts[f"the mask of {name}"] = (mask.nonzeros, zlib.crc32(bits.data))
     return facts
 
 

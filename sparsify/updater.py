@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from passes.mask import masks_of
-from sparsify.attachment import Attachment, check_attach
 from sparsify import ranks
+from sparsify.attachment import Attachment, check_attach
 from sparsify.history import State, Topology
 from sparsify.loading import check_before_load, settle_after_load
 from sparsify.method import Goal, Method
@@ -189,7 +189,9 @@ class Updater(nn.Module):
             RuntimeError: torch.distributed is not initialized.
         """
         if not ranks.is_distributed():
-            raise RuntimeError("synchronize() is for several ranks: torch.distributed is not initialized here, or has one.")
+            raise RuntimeError(
+                "synchronize() is for several ranks: torch.distributed is not initialized here, or has one."
+            )
         ranks.take_over(self, self._model[0], self._process_group)
         for attachment in self._attached:
             attachment.mask_everything()
@@ -215,7 +217,9 @@ class Updater(nn.Module):
             return f"{text} {ends}: none is left."
         amounts = [updates.amount(min(coming, total), total) for total in (self._total_steps, total_steps)]
         what = "share of the final sparsity" if self.method.prunes else "drop fraction"
-        return f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
+        return (
+            f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
+        )
 
     def _is_exposed(self, name: str) -> bool:
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
