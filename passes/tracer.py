@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.utils import checkpoint
 
 from passes.effects import Snapshot
 from passes.operands import is_view
 
+_RECOMPUTING = (checkpoint.checkpoint, checkpoint.checkpoint_sequential)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -67,7 +69,8 @@ class Tracer(fx.Tracer):
     def __init__(
         self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = (), blocks: Container[nn.Module] = ()
     ) -> None:
-        super().__init__(autowrap_functions=tuple(called))
+        super().__init__(autowrap_functions=(*called, *_RECOMPUTING))
+        self._autowrap_search.append(checkpoint)  # for those who call it as an attribute of its module
         self.rng, self.blocks = rng, blocks
         self.refused: set[Callable[..., Any]] = set()
 
@@ -92,6 +95,11 @@ class Tracer(fx.Tracer):
         before.restore(m)
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if target in _RECOMPUTING:
+            raise NotImplementedError("it recomputes activations (torch.utils.checkpoint), and a graph would keep them")
+        return super().create_proxy(kind, target, *args, **kwargs)
 
     def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a user's module without parameters is given one: it may be a product made a module."""
