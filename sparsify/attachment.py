@@ -148,6 +148,11 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
         raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
     if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
         raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
+    if wrappers := [o for o in optimizers if isinstance(getattr(o, "optimizer", None), Optimizer)]:
+        raise ValueError(
+            f"attach() takes the optimizer itself, not {type(wrappers[0]).__name__} around it: attach before you wrap it, or "
+            f"pass its attribute .optimizer."
+        )
     if len(set(optimizers)) < len(optimizers):
         raise ValueError("attach() was given the same optimizer twice.")
     if method.updates and not method.updates.steps(total_steps):

@@ -125,6 +125,24 @@ class Updater(nn.Module):
             self.skipped.zero_()
         return count
 
+    def scalars(self) -> dict[str, float]:
+        """Return what is worth a curve, for TensorBoard or any other logger. Reads the device.
+
+        Example:
+            >>> from sparsify import sparsify
+            >>> sorted(sparsify(nn.Sequential(nn.Linear(10, 10)), density=0.5).updater.scalars().items())[:2]
+            [('sparsity/density', 0.5), ('sparsity/density/0.weight', 0.5)]
+        """
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        overall = {
+            "density": sum(self.nonzeros.values()) / sum(sizes.values()),
+            "updates": float(max(0, len(self._history) - 1)),
+            "skipped_updates": float(self.skipped_updates),
+        }
+        return {
+            f"sparsity/{k}": v for k, v in (overall | {f"density/{n}": d for n, d in self.densities.items()}).items()
+        }
+
     def extra_repr(self) -> str:
         """Name the method and the step."""
         return f"method={self.method.name}, masks={len(self.goals)}, step={self.step}"
@@ -173,11 +191,17 @@ class Updater(nn.Module):
                 stacklevel=2,
             )
 
-    def detach(self) -> None:
-        """Let go of the optimizers: masks stay as they are, and a later `attach` counts its steps from 1 again."""
+    def detach(self, *, keep_step: bool = False) -> None:
+        """Let go of the optimizers; masks stay as they are.
+
+        Args:
+            keep_step: whether a later `attach` goes on at this step; otherwise it counts from 1 again.
+        """
+        self._steps = self._clocks() if keep_step else [0]
+        self._total_steps = self._total_steps if keep_step else 0
         for attachment in self._attached:
             attachment.remove()
-        self._attached, self._steps, self._total_steps = [], [0], 0
+        self._attached = []
 
     def synchronize(self) -> None:
         """Take over masks, step and history of the rank that has taken most steps; every rank has to call it.
@@ -281,6 +305,12 @@ class Updater(nn.Module):
         self._history = saved.history
         self._skipped_before = saved.skipped
         self.skipped.zero_()
+
+
+def updaters_of(module: nn.Module) -> dict[str, Updater]:
+    """Return the updater of every sparsified model inside a module, itself included, by the path of the model."""
+    found = {path: child for path, child in module.named_modules() if isinstance(child, Updater)}
+    return {path.removesuffix("updater").rstrip("."): updater for path, updater in found.items()}
 
 
 def _momentum_of(name: str) -> str:

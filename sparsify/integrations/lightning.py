@@ -1,0 +1,47 @@
+"""Lightning: a callback that attaches the updaters of a LightningModule."""
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sparsify.updater import updaters_of
+
+
+class SparseTraining(Callback):
+    """Attach every sparsified model inside a LightningModule to the trainer's optimizers, and log its densities.
+
+    Checkpoints of the trainer hold masks, step and schedule, as they hold every buffer; training goes on from them exactly.
+
+    Args:
+        log: whether to log `updater.scalars()` at the end of every epoch.
+
+    Example:
+        >>> import torch
+        >>> from sparsify import RigL, sparsify
+        >>> class Net(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = sparsify(torch.nn.Sequential(torch.nn.Linear(8, 2)), density=0.5, method=RigL(interval=2))
+        ...     def training_step(self, batch, index):
+        ...         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> trainer = L.Trainer(max_epochs=3, callbacks=[SparseTraining()])  # doctest: +SKIP
+    """
+
+    def __init__(self, log: bool = True) -> None:
+        self.log = log
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Attach."""
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("Sparse training needs an end: give the Trainer max_epochs or max_steps.")
+        for updater in updaters_of(pl_module).values():
+            updater.detach(keep_step=trainer.global_step > 0)
+            updater.attach(*trainer.optimizers, total_steps=int(total))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log."""
+        if self.log:
+            for path, updater in updaters_of(pl_module).items():
+                pl_module.log_dict({f"{path}/{name}": value for name, value in updater.scalars().items()})
