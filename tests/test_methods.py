@@ -114,12 +114,6 @@ class TestEveryMethod:
                 assert torch.equal(value, twin.state_dict()[key]), key
             assert twin.updater.history == model.updater.history
 
-    @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_every_optimizer(self, method: Method, name: str) -> None:
-        model, optimizer = start(method, OPTIMIZERS[name], total=12)
-        train(model, [optimizer], 12, lambda step: assert_sparse(model))
-        assert_layout(model)
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_other_precisions(self, method: Method, dtype: torch.dtype) -> None:
         model = make(method, dtype=dtype)

@@ -1,0 +1,263 @@
+"""Real training loops: scaling, accumulation, clipping, checkpointing of activations, schedulers, averages, resuming."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import SmallNet
+from test_updates import X, Y, assert_sparse, attached, train
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils import checkpoint
+
+from sparsify import GMP, RigL, flop_report, fold, graphs, sparsify
+
+
+def backward(model: nn.Module, scale: float = 1.0) -> None:
+    (F.cross_entropy(model(X), Y) * scale).backward()
+
+
+def dropped_gradient(model: nn.Module) -> bool:
+    return any(model.get_parameter(n).grad[~mask].any().item() for n, mask in model.updater.masks.items())
+
+
+# Scaled gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("at", [2, 3])  # an ordinary step, and one that updates
+def test_an_overflow_updates_nothing_and_loses_nothing(dtype: torch.dtype, unscale: bool, at: int) -> None:
+    """Training with an overflow is training without that batch: the update comes one batch later."""
+    runs = []
+    for overflow in (False, True):
+        model, optimizer = attached()
+        scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=1000)
+        for batch in range(1, 8 + overflow):
+            bad = overflow and batch == at
+            before = copy.deepcopy(model.state_dict())
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                loss = F.cross_entropy(model(X), Y)
+            scaler.scale(loss * (torch.inf if bad else 1.0)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update(128.0)
+            if bad:
+                moved = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+                assert all("running" in k or "num_batches" in k for k in moved)
+                for key in moved:  # the forward pass of the lost batch, which every network keeps
+                    model.state_dict()[key].copy_(before[key])
+        assert model.updater.skipped_updates == 0
+        runs.append(model.state_dict())
+    for key, value in runs[0].items():
+        assert torch.equal(value, runs[1][key]), key
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_fused_optimizers_under_a_scaler_see_the_unscaled_gradient(name: str) -> None:
+    """A fused optimizer unscales in its own kernel: growth by momentum must not depend on the scale."""
+    masks = []
+    for scale in (1.0, 1024.0):
+        model, optimizer = attached(
+            RigL(3, redistribution="momentum"), make=lambda p: getattr(torch.optim, name)(p, lr=1e-3, fused=True)
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(7):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(X), Y)).backward()
+            scaler.step(optimizer)
+            scaler.update(scale)
+            assert_sparse(model)
+        masks.append(copy.deepcopy(model.updater.masks))
+        masks.append({k: v.clone() for k, v in model.updater.named_buffers() if k.startswith("momentum")})
+    for k, v in masks[0].items():
+        assert torch.equal(v, masks[2][k])
+    for k, v in masks[1].items():
+        torch.testing.assert_close(v, masks[3][k])
+
+
+def test_an_overflow_at_an_update_of_a_fused_optimizer_is_counted() -> None:
+    model, optimizer = attached(make=lambda p: torch.optim.AdamW(p, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    for batch in range(1, 4):
+        before = copy.deepcopy(model.updater.masks)
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(X), Y) * (torch.inf if batch == 3 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(m, before[n]) for n, m in model.updater.masks.items())
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        assert model.updater.skipped_updates == 1
+    assert_sparse(model)
+
+
+# Accumulation, clipping, zeroing
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_the_dense_window_covers_every_micro_batch_of_an_update_and_no_other(to_none: bool) -> None:
+    model, optimizer = attached(RigL(interval=3))
+    dense = []
+    for step in range(1, 8):
+        optimizer.zero_grad(set_to_none=to_none)
+        for micro in range(4):
+            before = {n: 0 if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+            F.cross_entropy(model(X[2 * micro : 2 * micro + 2]), Y[2 * micro : 2 * micro + 2]).backward()
+            added = {n: model.get_parameter(n).grad - before[n] for n in model.updater.masks}
+            dense.append((step, any(a[~model.updater.masks[n]].any().item() for n, a in added.items())))
+        optimizer.step()
+        assert_sparse(model)
+    assert [flag for _, flag in dense] == [step % 3 == 0 for step, _ in dense]
+
+
+def test_accumulated_micro_batches_grow_what_the_whole_batch_grows() -> None:
+    masks = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10)).double()
+        model = sparsify(net, 0.3, method=RigL(interval=2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.updater.attach(optimizer, total_steps=100)
+        for _ in range(6):
+            optimizer.zero_grad()
+            for x, y in zip(X.double().chunk(parts), Y.chunk(parts), strict=True):
+                (F.cross_entropy(model(x), y) / parts).backward()
+            optimizer.step()
+        masks.append(model.updater.masks)
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_norms_see_the_sparse_gradient() -> None:
+    model, optimizer = attached(RigL(interval=100))
+    optimizer.zero_grad()
+    backward(model)
+    total = sum(
+        (p.grad * model.updater.masks.get(n, torch.tensor(True))).square().sum() for n, p in model.named_parameters()
+    )
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e9), total.sqrt())
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_schedulers_before_or_after(first: bool) -> None:
+    model = sparsify(SmallNet(), 0.3, method=RigL(interval=3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    make = [
+        lambda: model.updater.attach(optimizer, total_steps=100),
+        lambda: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+    ]
+    made = [f() for f in (reversed(make) if first else make)]
+    scheduler = next(m for m in made if m is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(7):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+            scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+    assert model.updater.step == 7
+
+
+# Activation checkpointing
+
+
+class Recomputing(nn.Module):
+    """Recomputes one block, by one of the ways to say so."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(192, 32)
+        self.block = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.head = nn.Linear(32, 10)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.block, self.first(x.flatten(1)).relu()))
+
+
+def run_plain(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint.checkpoint(block, x, use_reentrant=False)
+
+
+def run_reentrant(block: nn.Module, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(lambda value: block(value), x, use_reentrant=True)
+
+
+def run_sequential(block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint.checkpoint_sequential(list(block), 1, x, use_reentrant=False)
+
+
+def test_recomputed_activations_are_recomputed_and_change_nothing() -> None:
+    results = {}
+    for run in (run_plain, run_checkpointed, run_reentrant):
+        torch.manual_seed(0)
+        model = sparsify(Recomputing(run), 0.3, method=RigL(interval=2))
+        assert len(model.updater.masks) == 4
+        calls = []
+        model.block[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.updater.attach(optimizer, total_steps=100)
+        train(model, [optimizer], 5, lambda step, model=model: assert_sparse(model))
+        assert len(calls) == (5 if run is run_plain else 10)
+        results[run] = model.state_dict()
+    for state in results.values():
+        for key, value in results[run_plain].items():
+            assert torch.equal(value, state[key]), key
+    assert set(graphs(sparsify(Recomputing(run_sequential), 0.3))) >= {"first", "head"}
+
+
+# Averages
+
+
+def test_averages_stay_sparse_follow_masks_and_fold() -> None:
+    model, optimizer = attached(GMP(interval=2), total=16)
+    average = AveragedModel(model, avg_fn=lambda a, b, n: 0.5 * a + 0.5 * b)
+    train(model, [optimizer], 16, lambda step: average.update_parameters(model))
+    assert average.module.updater.nonzeros == model.updater.nonzeros
+    assert flop_report(average.module, (1, 3, 8, 8)).sparse_macs == flop_report(model, (1, 3, 8, 8)).sparse_macs
+    plain = fold(average.module).eval()
+    assert torch.equal(plain(X), average.eval()(X))
+    for name, mask in model.updater.masks.items():
+        assert not plain.get_parameter(name)[~mask].any()
+
+
+# Schedules
+
+
+def test_a_longer_schedule_says_what_happens() -> None:
+    model, optimizer = attached(RigL(interval=10), total=100)
+    train(model, [optimizer], 12)
+    model.updater.detach(keep_step=True)
+    with pytest.warns(
+        UserWarning, match=r"was 100 up to step 12 and is 200.*from step 70 to 140.*step 20, from 0.25 to 0.287"
+    ):
+        model.updater.attach(optimizer, total_steps=200)
+    assert model.updater.step == 12
+    model.updater.detach(keep_step=True)
+    with pytest.warns(UserWarning, match=r"from step 140 to 10: none is left"):
+        model.updater.attach(optimizer, total_steps=15)
+    model.updater.detach()
+    assert model.updater.step == 0
+
+
+def test_scalars() -> None:
+    model, optimizer = attached(RigL(interval=2))
+    train(model, [optimizer], 5)
+    scalars = model.updater.scalars()
+    assert scalars["sparsity/updates"] == 2
+    assert scalars["sparsity/density"] == pytest.approx(0.3, abs=1e-3)
+    assert scalars["sparsity/density/fc.weight"] == model.updater.densities["fc.weight"]
+    assert all(isinstance(value, float) for value in scalars.values())
