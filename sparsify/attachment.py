@@ -31,6 +31,7 @@ class Attachment:
         self, updater: "Updater", model: nn.Module, optimizer: Optimizer, exposed: list[str], step: int
     ) -> None:
         self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
+        self.rehearses = False
         own = set(opt.parameters(optimizer))
         weights = {name: (model.get_parameter(name), mask) for name, mask in masks_of(model).items()}
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
@@ -72,6 +73,9 @@ class Attachment:
         return updates is not None and updates.dense_at(step, self.updater.total_steps)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self.rehearses = opt.is_rehearsal(optimizer)
+        if self.rehearses:
+            return None
         self.updater.compare_ranks()
         updates, step = self.updater.method.updates, self.step + 1
         if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
@@ -88,6 +92,8 @@ class Attachment:
         return opt.before_step(optimizer, args, kwargs, action) if observes or changes else None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.rehearses:
+            return
         self.step += 1
         step, updates = self.step, self.updater.method.updates
         changed = self._updates_at(step)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,7 +34,8 @@ class State:
     Layout: version, seed, total_steps, skipped updates, the numbers of letters in the method's name, of clocks, of counts and
     of history entries; then the letters, the clocks, the nonzeros, the targets, and for every entry of the history its step and
     its counts. Counts are stored where they differ from those of the entry before: each entry has the number of differences,
-    then (index, count) pairs.
+    then (index, count) pairs. Zeros at the end leave room for the updates that are to come, so that the size stays the same
+    throughout a run: torch.distributed.checkpoint loads into tensors of the size that was saved.
     """
 
     method: str = ""
@@ -45,18 +47,20 @@ class State:
     targets: list[int] = field(default_factory=list)
     history: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
-    def encode(self) -> Tensor:
-        """Return the state as a tensor."""
+    def encode(self, coming: int = 0, counts_vary: bool = False) -> Tensor:
+        """Return the state as a tensor, with room for so many coming updates."""
         letters = self.method.encode()
         numbers = [_VERSION, self.seed, self.total_steps, self.skipped]
         numbers += [len(letters), len(self.clocks), len(self.nonzeros), len(self.history), *letters]
         numbers += [*self.clocks, *self.nonzeros, *self.targets]
+        pairs = 2 * len(self.nonzeros)
+        size = len(numbers) + 2 + pairs + (len(self.history) - 1 + coming) * (2 + pairs * counts_vary)
         before = (-1,) * len(self.nonzeros)
         for step, counts in self.history:
             changed = [(i, n) for i, n in enumerate(counts) if n != before[i]] if counts is not before else []
             numbers += [step, len(changed), *(n for pair in changed for n in pair)]
             before = counts
-        return torch.tensor(numbers, dtype=torch.int64)
+        return F.pad(torch.tensor(numbers, dtype=torch.int64), (0, max(0, size - len(numbers))))
 
     @staticmethod
     def decode(tensor: Tensor) -> "State":

@@ -78,6 +78,10 @@ class Method:
     layout: Layout = ELEMENTS
     prunes: bool = False  # starts dense; `updates.amount` is the share of the final sparsity that is reached
 
+    def counts_vary(self) -> bool:
+        """Tell whether an update may change how many weights a layer keeps."""
+        return self.updates is not None and (self.updates.counts_vary or not self.layout.exact)
+
 
 def steady_updates(interval: int, drop_fraction: float, end_fraction: float, drop_schedule: str) -> Updates:
     """RigL's updates: t % interval == 0 and t < end_step, at a drop fraction that follows a schedule until end_step."""

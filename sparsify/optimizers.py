@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from passes.shards import local
+
 # With a gradient of zero and a state of zero these leave a weight of zero at zero.
 _KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS".split())
 
@@ -36,6 +38,18 @@ def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
     """Return the gradient of a weight as the loss has it: a fused optimizer under GradScaler still holds it scaled."""
     scale = getattr(optimizer, "grad_scale", None)
     return weight.grad if weight.grad is None or scale is None else weight.grad / scale
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Tell whether a step is none of training: rates and gradients are all 0.
+
+    torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+        return False
+    gradients = [local(p.grad) for p in parameters(optimizer) if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 
 def skip_step(optimizer: Optimizer) -> None:

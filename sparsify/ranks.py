@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
 from passes.mask import Mask, masks_of
 
@@ -63,15 +64,18 @@ def _facts(updater: "Updater", model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def take_over(updater: "Updater", model: nn.Module, group: Any) -> None:
-    """Give every rank the updater's state and the masks of the rank that has taken most steps."""
+def take_over(updater: "Updater", model: nn.Module, optimizers: list[Optimizer], group: Any) -> None:
+    """Give every rank the masks and the state of updater and optimizers of the rank that has taken most steps."""
     steps: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(steps, updater.step, group)
     source = steps.index(max(steps))
     source = dist.get_global_rank(group, source) if group is not None else source
-    state = [updater.get_extra_state()]
+    state: list[Any] = [updater.get_extra_state(), *(optimizer.state_dict() for optimizer in optimizers)]
     device = next(iter(masks_of(model).values())).mask.device
     dist.broadcast_object_list(state, source, group, device if device.type != "cpu" else None)
     for buffer in [*(mask.mask for mask in masks_of(model).values()), *updater.buffers()]:
         dist.broadcast(buffer, source, group)
-    updater.set_extra_state(state[0])
+    if dist.get_rank() != source:
+        updater.set_extra_state(state[0])
+        for optimizer, loaded in zip(optimizers, state[1:], strict=True):
+            optimizer.load_state_dict(loaded)

@@ -204,10 +204,10 @@ class Updater(nn.Module):
         self._attached = []
 
     def synchronize(self) -> None:
-        """Take over masks, step and history of the rank that has taken most steps; every rank has to call it.
+        """Take over masks, step and optimizer state of the rank that has taken most steps; every rank has to call it.
 
-        For ranks with uneven inputs, after `with ddp.join():`, where the last rank goes on alone and the masks of the others
-        fall behind. The parameters are those that DDP has made equal.
+        For ranks with uneven inputs, after `with ddp.join():`, where the last rank goes on alone: DDP makes the parameters
+        equal at its end, and neither the optimizers nor the masks.
 
         Raises:
             RuntimeError: torch.distributed is not initialized.
@@ -216,7 +216,8 @@ class Updater(nn.Module):
             raise RuntimeError(
                 "synchronize() is for several ranks: torch.distributed is not initialized here, or has one."
             )
-        ranks.take_over(self, self._model[0], self._process_group)
+        optimizers = [attachment.optimizer for attachment in self._attached]
+        ranks.take_over(self, self._model[0], optimizers, self._process_group)
         for attachment in self._attached:
             attachment.mask_everything()
         self._settle_gradients()
@@ -291,9 +292,16 @@ class Updater(nn.Module):
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
         targets = [goal.target for goal in self.goals.values()]
         counts, clocks = list(self._counts()), self._clocks()
-        return State(
+        state = State(
             self.method.name, self.seed, self._total_steps, self.skipped_updates, clocks, counts, targets, self._history
-        ).encode()
+        )
+        return state.encode(self._coming_updates(), self.method.counts_vary())
+
+    def _coming_updates(self) -> int:
+        updates = self.method.updates
+        return (
+            len([t for t in updates.steps(self._total_steps) if t > self.step]) if updates and self._total_steps else 0
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""

@@ -1,0 +1,248 @@
+"""Real processes for tests: what each rank does. Results come back through files."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from passes.shards import whole
+from sparsify import RigL, load_checkpoint, save_checkpoint, sparsify
+from sparsify.method import Method
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(12, 3, 8, 8, generator=GENERATOR)
+Y = torch.arange(12) % 10
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.out = nn.Conv2d(outputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.conv(x).relu()).relu()
+
+
+class Net(nn.Module):
+    """Blocks and a head; no norm, whose statistics would depend on how a batch is divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(3, 8), Block(8, 15))  # 15 does not divide by the number of ranks
+        self.head = nn.Linear(15, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Run `function(rank, *args)` on several processes and return what each of them does."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = functools.partial(_rank, function=function, ranks=ranks, folder=folder, args=args)
+        multiprocessing.spawn(work, nprocs=ranks)  # raises what a rank raises
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, function: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    result = function(rank, *args)
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def make(method: Method, seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return sparsify(Net(), None if method.layout.fixed else 0.4, method=method, seed=0, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, share: slice = slice(None)) -> None:
+    """Train on a share of the batch, which moves so that no two steps are alike."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X[share].roll(step, -1)), Y[share]).backward()
+        optimizer.step()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Return weights, masks and the updater's state, whole."""
+    return {name: whole(value).clone() for name, value in model.state_dict().items()}
+
+
+# What ranks do
+
+
+def ddp_methods(rank: int, methods: list[Method], steps: int) -> dict[str, dict[str, Tensor]]:
+    """Train every method under DDP on different data, with accumulation under no_sync."""
+    results = {}
+    for method in methods:
+        model = make(method)
+        optimizer = sgd(model)
+        model.updater.attach(optimizer, total_steps=steps)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        for step in range(steps):
+            optimizer.zero_grad()
+            own, labels = X[rank::2].roll(step, -1), Y[rank::2]
+            with ddp.no_sync():
+                F.cross_entropy(ddp(own[:3]), labels[:3]).backward()
+            F.cross_entropy(ddp(own[3:]), labels[3:]).backward()
+            optimizer.step()
+        results[method.name] = state(model)
+    return results
+
+
+def ddp_buffers(rank: int) -> tuple[list[str], list[str]]:
+    """List the buffers that DDP broadcasts before a forward pass, and those of a user's own ignore list."""
+    model = make(RigL(3, redistribution="momentum"))
+    model.register_buffer("statistics", torch.zeros(3))
+    ddp = DistributedDataParallel(model)
+    return list(ddp.named_module_buffers), sorted(ddp.parameters_to_ignore)
+
+
+def ddp_resume(rank: int, methods: list[Method], folder: str) -> list[str]:
+    """Stop and go on with every method; list those that end otherwise than without the stop."""
+    different = []
+    for method in methods:
+        ends = []
+        for stop in (False, True):
+            model, path = make(method), Path(folder) / f"{method.name}.pt"
+            optimizer = sgd(model)
+            model.updater.attach(optimizer, total_steps=24)
+            train(DistributedDataParallel(model), optimizer, 7, slice(rank, None, 2))
+            if stop:
+                if rank == 0:
+                    save_checkpoint(path, model=model, optimizer=optimizer)
+                dist.barrier()
+                model = make(method, seed=1)
+                optimizer = sgd(model)
+                load_checkpoint(path, model=model, optimizer=optimizer)
+                model.updater.attach(optimizer, total_steps=24)
+            train(DistributedDataParallel(model), optimizer, 9, slice(rank, None, 2))
+            ends.append(state(model))
+        different += [f"{method.name}: {k}" for k, v in ends[0].items() if not torch.equal(v, ends[1][k])]
+    return different
+
+
+def sharded(method: Method, seed: int = 0) -> nn.Module:
+    """Make a model whose blocks are sharded one by one, as large ones are."""
+    model = make(method, seed, blocks=["blocks.*"])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp_methods(rank: int, methods: list[Method], folder: str) -> dict[str, Any]:
+    """Train every method under FSDP2 on equal data; stop and go on through torch.distributed.checkpoint."""
+    results: dict[str, Any] = {}
+    for method in methods:
+        model, path = sharded(method), f"{folder}/{method.name}"
+        optimizer = sgd(model)
+        model.updater.attach(optimizer, total_steps=24)
+        train(model, optimizer, 7)
+        dcp.save(_states(model, optimizer), checkpoint_id=path)
+        train(model, optimizer, 9)
+        results[method.name] = state(model)
+        twin = sharded(method, seed=1)
+        other = sgd(twin)
+        twin.updater.attach(other, total_steps=24)
+        resume(twin, other, path)
+        train(twin, other, 9)
+        end = state(twin)
+        results[f"{method.name} resumed otherwise"] = [
+            k for k, v in results[method.name].items() if not torch.equal(v, end[k])
+        ]
+    return results
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    parts = get_state_dict(model, optimizer)
+    return dict(zip(("model", "optimizer"), parts, strict=True))
+
+
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:
+    """Load what torch.distributed.checkpoint wrote, on any number of ranks."""
+    parts = _states(model, optimizer)
+    dcp.load(parts, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+
+
+def fsdp_resume(rank: int, method: Method, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Go on from a file of another number of ranks; return the state at the start and at the end."""
+    model = sharded(method, seed=2)
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=24)
+    resume(model, optimizer, path)
+    before = state(model)
+    train(model, optimizer, 9)
+    return before, state(model)
+
+
+def disagree(rank: int, how: str) -> str:
+    """Give the ranks different masks and return what happens."""
+    model = make(RigL(3))
+    if how == "seed":
+        model = sparsify(Net(), 0.4, method=RigL(3), seed=rank)
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=20 + 10 * (how == "schedule") * rank)
+    ddp = DistributedDataParallel(model)
+    if how == "later" and rank:
+        model.updater.masks["head.weight"].logical_not_()
+    if how == "load":
+        train(ddp, optimizer, 4)
+        saved = model.state_dict()
+        saved["blocks.0.conv.weight_mask.mask"] = saved["blocks.0.conv.weight_mask.mask"].roll(rank)
+        model.load_state_dict(saved)
+    weights = state(model)
+    try:
+        train(ddp, optimizer, 1)
+    except RuntimeError as error:
+        assert all(torch.equal(v, weights[k]) for k, v in state(model).items())
+        return str(error)
+    return "trained"
+
+
+def alone(rank: int) -> str:
+    """Train an own model on every rank, as a search over seeds does."""
+    model = sparsify(Net(), 0.4, method=RigL(3), seed=rank)
+    optimizer = sgd(model)
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    model.updater.attach(optimizer, total_steps=20, process_group=groups[rank])
+    train(model, optimizer, 7 + rank)
+    return f"trained {model.updater.step}"
+
+
+def uneven(rank: int) -> dict[str, Tensor]:
+    """Have one rank run out of data, then go on together."""
+    model = make(RigL(3))
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=40)
+    ddp = DistributedDataParallel(model)
+    with ddp.join():
+        train(ddp, optimizer, 5 + 4 * rank, slice(rank, None, 2))
+    model.updater.synchronize()
+    for name, mask in model.updater.masks.items():
+        weight = model.get_parameter(name)
+        assert not weight.detach()[~mask].any()
+        assert not optimizer.state[weight]["momentum_buffer"][~mask].any()
+    train(ddp, optimizer, 7, slice(rank, None, 2))
+    return state(model)
