@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.shards import whole
-from sparsify import RigL, load_checkpoint, save_checkpoint, sparsify
+from sparsify import RigL, load_checkpoint, save_checkpoint, save_sparse, sparsify
 from sparsify.method import Method
 
+# Processes fork from a server that has imported what takes time and run nothing.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "sparsify"]
+)
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, 3, 8, 8, generator=GENERATOR)
 Y = torch.arange(12) % 10
@@ -52,7 +57,7 @@ def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """Run `function(rank, *args)` on several processes and return what each of them does."""
     with tempfile.TemporaryDirectory() as folder:
         work = functools.partial(_rank, function=function, ranks=ranks, folder=folder, args=args)
-        multiprocessing.spawn(work, nprocs=ranks)  # raises what a rank raises
+        multiprocessing.start_processes(work, nprocs=ranks, start_method="forkserver")  # raises what a rank raises
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -197,8 +202,12 @@ def fsdp_resume(rank: int, method: Method, path: str) -> tuple[dict[str, Tensor]
     return before, state(model)
 
 
-def disagree(rank: int, how: str) -> str:
-    """Give the ranks different masks and return what happens."""
+def disagree(rank: int, hows: list[str]) -> dict[str, str]:
+    """Give the ranks different masks in every way there is, and return what happens."""
+    return {how: _disagree(rank, how) for how in hows}
+
+
+def _disagree(rank: int, how: str) -> str:
     model = make(RigL(3))
     if how == "seed":
         model = sparsify(Net(), 0.4, method=RigL(3), seed=rank)
@@ -245,4 +254,56 @@ def uneven(rank: int) -> dict[str, Tensor]:
         assert not weight.detach()[~mask].any()
         assert not optimizer.state[weight]["momentum_buffer"][~mask].any()
     train(ddp, optimizer, 7, slice(rank, None, 2))
+    return state(model)
+
+
+def train_saving(method: Method, path: Path, end: Path | None) -> tuple[dict[str, Tensor], int]:
+    """Train to the end, saving after every step and going on from what is saved."""
+    torch.set_num_threads(1)
+    model = make(method)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    parts = {"model": model, "optimizer": optimizer}
+    saved = load_checkpoint(path, **parts)
+    first = saved["step"] if saved else 0
+    model.updater.attach(optimizer, total_steps=400)
+    for step in range(first, 400):
+        optimizer.zero_grad()
+        index = torch.randint(12, (6,))  # of the global generator, which a checkpoint holds
+        F.cross_entropy(model(X[index]), Y[index]).backward()
+        optimizer.step()
+        save_checkpoint(path, **parts, step=step + 1)
+    if end is not None:
+        torch.save(state(model), end)
+    return state(model), first
+
+
+def save_forever(path: Path) -> None:
+    """Write the file of a model that changes, again and again."""
+    torch.set_num_threads(1)
+    model = make(RigL())
+    while True:
+        save_sparse(model, path)
+        with torch.no_grad():
+            model.blocks[0].conv.bias.fill_(torch.rand(()).item())
+            weight = model.blocks[1].conv.weight
+            weight.copy_(torch.where(model.updater.masks["blocks.1.conv.weight"], torch.rand(()) + 0.1, 0))
+
+
+def train_or_die(rank: int, method: Method, path: Path, die_at: int | None) -> dict[str, Tensor]:
+    """Train under DDP with a checkpoint every five steps; rank 1 may kill itself on the way."""
+    model = make(method)
+    optimizer = sgd(model)
+    parts = {"model": model, "optimizer": optimizer}
+    saved = load_checkpoint(path, **parts)
+    model.updater.attach(optimizer, total_steps=24)
+    ddp = DistributedDataParallel(model)
+    for step in range(saved["step"] if saved else 0, 24):
+        if rank == 1 and step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        own = torch.arange(12)[rank :: dist.get_world_size()]
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(X[own].roll(step, -1)), Y[own]).backward()
+        optimizer.step()
+        if rank == 0 and step % 5 == 4:
+            save_checkpoint(path, **parts, step=step + 1)
     return state(model)
