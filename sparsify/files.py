@@ -21,6 +21,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ('whole', ['notes.txt'])
     """
     place = Path(path)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"{place} cannot be written: there is no folder {place.parent}. Make it first.")
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         yield partial
