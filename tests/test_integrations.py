@@ -1,0 +1,202 @@
+"""Lightning, the Hugging Face Trainer, Accelerate, TensorBoard: the real packages, on the hooks that anybody has."""
+
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import SmallNet
+from test_updates import X, Y, assert_sparse, attached, train
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from sparsify import RigL, sparsify
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # lightning's own imports
+    import lightning as L
+
+    from sparsify.integrations import lightning, transformers
+
+ROOT = Path(__file__).parents[1]
+# Of the libraries, about what they were not asked for.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:lightning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+
+
+class Lit(L.LightningModule):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = sparsify(SmallNet(), 0.3, method=RigL(3))
+
+    def training_step(self, batch: tuple, index: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+def trainer(folder: Path, epochs: int, **options: Any) -> L.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
+    return L.Trainer(
+        max_epochs=epochs, default_root_dir=folder, callbacks=[lightning.SparseTraining()], **quiet, **options
+    )
+
+
+def loader() -> DataLoader:
+    return DataLoader(TensorDataset(X, Y), batch_size=2, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}, {"precision": "bf16-mixed"}]
+)
+def test_lightning(options: dict, tmp_path: Path) -> None:
+    model = Lit()
+    first = {n: m.clone() for n, m in model.net.updater.masks.items()}
+    fit = trainer(tmp_path, 4, log_every_n_steps=1, **options)
+    fit.fit(model, loader())
+    steps = 16 // options.get("accumulate_grad_batches", 1)
+    assert model.net.updater.step == model.net.updater.total_steps == steps
+    assert len(model.net.updater.history) == 1 + len(range(3, 3 * steps // 4, 3))
+    assert any(not torch.equal(m, first[n]) for n, m in model.net.updater.masks.items())
+    assert_sparse(model.net)
+    assert fit.logged_metrics["net/sparsity/density"] == pytest.approx(0.3, abs=1e-3)
+
+
+def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = Lit()
+    trainer(tmp_path / "whole", 4).fit(whole, loader())
+    part = Lit()
+    stopped = trainer(tmp_path / "part", 4, limit_train_batches=1.0)
+    stopped.fit_loop.max_epochs = 4
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    stopped.callbacks.append(Stop())
+    stopped.fit(part, loader())
+    assert part.net.updater.step == 8
+    stopped.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = Lit(seed=1)
+    trainer(tmp_path / "again", 4).fit(resumed, loader(), ckpt_path=tmp_path / "part.ckpt", weights_only=True)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def bert(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    return sparsify(BertForSequenceClassification(config), 0.3, method=RigL(3))
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=4,
+        max_steps=20,
+        logging_steps=5,
+        save_steps=10,
+        learning_rate=1e-2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def data() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(0, 32, (40, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row[0] % 3} for row in tokens]
+
+
+def test_trainer_trains_logs_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    model = bert()
+    trained = Trainer(model, arguments(tmp_path), train_dataset=data(), callbacks=[transformers.SparseTraining()])
+    trained.train()
+    updater = model.updater
+    assert (updater.step, updater.total_steps) == (20, 20)
+    assert [entry.step for entry in updater.history] == [0, 3, 6, 9, 12]
+    assert_sparse(model)
+    logs = [record for record in trained.state.log_history if "loss" in record]
+    assert all(record["sparsity/density"] == pytest.approx(0.3, abs=1e-2) for record in logs)
+    resumed = bert(seed=1)
+    again = Trainer(resumed, arguments(tmp_path), train_dataset=data(), callbacks=[transformers.SparseTraining()])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    again.train()  # a second training begins anew
+    assert (resumed.updater.step, len(resumed.updater.history)) == (20, 5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
+)
+def test_trainer_options(options: dict, tmp_path: Path) -> None:
+    model = bert()
+    first = {n: m.clone() for n, m in model.updater.masks.items()}
+    Trainer(
+        model, arguments(tmp_path, **options), train_dataset=data(), callbacks=[transformers.SparseTraining()]
+    ).train()
+    assert model.updater.step == 20
+    assert_sparse(model)
+    assert any(not torch.equal(m, first[n]) for n, m in model.updater.masks.items())
+
+
+def test_accelerate_example() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "accelerate_digits.py"), "--epochs", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "density 0.100, step 60 of 60" in done.stdout
+
+
+def test_accelerate_wrappers_are_named() -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model = sparsify(SmallNet(), 0.3)
+    wrapped = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match=r"not AcceleratedOptimizer around it.*\.optimizer"):
+        model.updater.attach(wrapped, total_steps=1000)
+
+
+def test_ddp_example(tmp_path: Path) -> None:
+    """Two CPU processes out of the box; stopped and gone on with."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "examples" / "ddp.py"),
+    ]
+    command = [*torchrun, "--epochs", "2", "--checkpoint", str(tmp_path / "run.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("rank")]
+    assert len({line.split(":")[1] for line in lines}) == 1
+    assert "step 38" in lines[0]
+    again = subprocess.run(command, capture_output=True, text=True, check=True)  # nothing is left to train
+    assert sorted(line for line in again.stdout.splitlines() if line.startswith("rank")) == sorted(lines)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, optimizer = attached(RigL(2))
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(4):
+            train(model, [optimizer], 1)
+            for name, value in model.updater.scalars().items():
+                writer.add_scalar(name, value, step)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("sparsity/updates")] == [0.0, 1.0, 1.0, 2.0]
