@@ -6,16 +6,12 @@ hits both; figures of different runs or machines do not compare.
 
 import argparse
 import copy
-import json
 import logging
-import subprocess
-import sys
-import venv
 import warnings
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from loops import compiled_rows, ddp_rows, file_row
+from peers import feature_table, measure, ratio_table
 from tabulate import tabulate
 from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
@@ -25,13 +21,14 @@ from workload import (
     DENSITY,
     FOREVER,
     WARMUP,
-    Ratio,
+    Row,
     Trainer,
     batch,
     dense_trainer,
     interleave,
     ratio,
     sgd,
+    shown,
     small_batch,
     small_model,
     timed,
@@ -39,19 +36,6 @@ from workload import (
 )
 
 from sparsify import GMP, NM, Method, RigL, SRigL, Static, flop_report, sparsify
-
-HERE = Path(__file__).parent
-PEER = "rigl-torch==0.5.2"
-PEER_VENV = HERE.parent / ".venv-rigl-torch"
-PEER_PYTHON = PEER_VENV / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-
-
-class Row(NamedTuple):
-    """One line of the table of times."""
-
-    name: str
-    goal: str
-    ratio: Ratio
 
 
 def sparse_trainer(
@@ -201,53 +185,6 @@ def peak_bytes(trainer: Trainer) -> int:
     return held + peak
 
 
-def peer_table(repeats: int, own: list[Row]) -> str:
-    """The ResNet-18 rows beside rigl-torch's, each over the dense step of its own process."""
-    if problem := build_peer():
-        return f"Skipped {PEER}: {problem}"
-    command = [PEER_PYTHON, HERE / "peer_rigl_torch.py", "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return f"Skipped {PEER}: its script failed.\n{done.stderr[-1000:]}"
-    peer = json.loads(done.stdout.splitlines()[-1])
-    rows = [
-        (name, shown(row.ratio), shown(Ratio(**peer[key])))
-        for name, key, row in (
-            ("masked step / dense step", "masked", own[0]),
-            ("update / dense step", "update", own[2]),
-        )
-    ]
-    headers = ["ResNet-18", "sparsify", f"{PEER} (torch {peer['torch']})"]
-    return tabulate(rows, headers, "github", disable_numparse=True)
-
-
-def build_peer() -> str:
-    """Make rigl-torch's environment where it is absent; return what went wrong, if anything."""
-    if runs([PEER_PYTHON, "-c", "import rigl_torch.RigL, torchvision"]):
-        return ""
-    print(f"Installing {PEER} into {PEER_VENV.name}; it brings its own torch, which takes minutes.", file=sys.stderr)
-    try:
-        venv.create(PEER_VENV, with_pip=True, clear=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no environment could be made ({error})."
-    installed = runs([PEER_PYTHON, "-m", "pip", "install", "--quiet", PEER, "torchvision", "numpy"])
-    return "" if installed else "pip could not install it (see above)."
-
-
-def runs(command: list[str | Path]) -> bool:
-    """Whether a command starts and ends well."""
-    quiet = subprocess.DEVNULL if "-c" in command else None
-    try:
-        return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
-    except OSError:
-        return False
-
-
-def shown(figure: Ratio) -> str:
-    """A ratio with its quartiles."""
-    return f"{figure.median:.2f} ({figure.lower:.2f}-{figure.upper:.2f})"
-
-
 def time_table(rows: list[Row]) -> str:
     """The rows as text."""
     cells = [(r.name, r.goal, shown(r.ratio), f"{r.ratio.ms:.1f} / {r.ratio.base_ms:.1f}") for r in rows]
@@ -258,18 +195,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30, help="rounds of a ResNet-18 row; others take a third")
-    parser.add_argument("--no-peer", action="store_true", help="leave rigl-torch out")
+    parser.add_argument("--no-peer", action="store_true", help="leave other libraries out")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
     few = max(2, args.repeats // 3)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {args.repeats} and {few} rounds\n")
-    small = small_rows(args.repeats)
-    large = [row for name in LARGE for row in large_rows(name, few)]
-    print(time_table([*small, *large, *update_rows(few), sparsify_row(few), *report_rows(few)]), end="\n\n")
+    rows = [*small_rows(args.repeats), *(row for name in LARGE for row in large_rows(name, few)), *update_rows(few)]
+    rows += [*compiled_rows(few), *ddp_rows(few), sparsify_row(few), *report_rows(few), file_row(few)]
+    print(time_table(rows), end="\n\n")
     print(memory_table(), flush=True)
     if not args.no_peer:
-        print(f"\n{peer_table(few, small)}")
+        found = measure(few)
+        print(f"\n{ratio_table(found)}\n\n{feature_table(found)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +26,24 @@ def small_model() -> nn.Module:
 def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of the resnet18 rows."""
     return batch(16, 32)
+
+
+class Perceptron(nn.Module):
+    """Three linear layers: what libraries without convolutions take."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (batch, 10)."""
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def mlp(inputs: int, width: int) -> nn.Module:
+    """The model of the MLP rows."""
+    torch.manual_seed(0)
+    return Perceptron(inputs, width)
 
 
 def batch(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +134,19 @@ class Ratio:
     upper: float
     ms: float
     base_ms: float
+
+
+class Row(NamedTuple):
+    """One line of the table of times."""
+
+    name: str
+    goal: str
+    ratio: Ratio
+
+
+def shown(figure: Ratio) -> str:
+    """A ratio with its quartiles."""
+    return f"{figure.median:.2f} ({figure.lower:.2f}-{figure.upper:.2f})"
 
 
 def ratio(seconds: dict[str, list[float]], case: str, base: str) -> Ratio:
