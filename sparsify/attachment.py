@@ -37,9 +37,10 @@ class Attachment:
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
         # Those that an ordinary step may move off 0.
         self.corrected = [b for b in self.bound if not opt.keeps_zeros(optimizer) or b.name in exposed]
+        # Python decides what a step does, in compiled steps too.
         self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         )
         _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
 

@@ -3,17 +3,20 @@
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import SmallNet
+from test_methods import TABLE
 from test_updates import X, Y, assert_sparse, attached, train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import checkpoint
 
-from sparsify import GMP, RigL, flop_report, fold, graphs, sparsify
+from sparsify import GMP, Method, RigL, flop_report, fold, graphs, sparsify
 
 
 def backward(model: nn.Module, scale: float = 1.0) -> None:
@@ -261,3 +264,85 @@ def test_scalars() -> None:
     assert scalars["sparsity/density"] == pytest.approx(0.3, abs=1e-3)
     assert scalars["sparsity/density/fc.weight"] == model.updater.densities["fc.weight"]
     assert all(isinstance(value, float) for value in scalars.values())
+
+
+# Compiled, and free of waits
+
+
+def one_step(forward: Callable, optimizer: torch.optim.Optimizer, take_step: Callable) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(forward(X), Y).backward()
+    take_step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_training_steps(whole: bool) -> None:
+    """Forward and optimizer step compiled, apart or with all between; hooks go on running."""
+    states = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        compile_ = partial(torch.compile, backend="aot_eager", disable=not compiled)
+        model, optimizer = attached(RigL(3))
+        forward, take_step = (model, optimizer.step) if whole else (compile_(model), compile_(optimizer.step))
+        run = compile_(one_step) if whole else one_step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dynamo's own, about what it leaves out
+            for _ in range(8):
+                run(forward, optimizer, take_step)
+                assert_sparse(model)
+        assert (model.updater.step, len(model.updater.history)) == (8, 3)
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, states[1][key], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize("method", [m for m in TABLE.values() if not m.counts_vary()], ids=lambda m: m.name)
+def test_no_step_and_no_update_waits_for_the_device(method: Method) -> None:
+    """On meta tensors whoever asks for a value gets an error: only what can be queued without waiting runs there."""
+    with torch.device("meta"):
+        net, x, y = SmallNet(), torch.empty(8, 3, 8, 8), torch.empty(8, dtype=torch.long)
+    model = sparsify(net, None if method.layout.fixed else 0.3, method=method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, foreach=False)
+    model.updater.attach(optimizer, total_steps=40)
+    for _ in range(14):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert len(model.updater.history) == (5 if method.updates else 1)
+
+
+def test_updates_leave_tensors_where_they_are() -> None:
+    """CUDA graphs replay on addresses: masks, weights and optimizer state must be written in place."""
+    model, optimizer = attached(RigL(2), make=torch.optim.AdamW)
+    train(model, [optimizer], 1)
+
+    def addresses() -> list[int]:
+        state = [t for s in optimizer.state.values() for t in s.values()]
+        return [t.data_ptr() for t in (*model.parameters(), *model.buffers(), *state)]
+
+    before, masks = addresses(), copy.deepcopy(model.updater.masks)
+    train(model, [optimizer], 6)
+    assert addresses() == before
+    assert any(not torch.equal(m, masks[n]) for n, m in model.updater.masks.items())
+
+
+# torch.distributed.checkpoint
+
+
+def test_a_rehearsal_is_no_step() -> None:
+    """To learn what an optimizer keeps, torch.distributed.checkpoint takes a step at rate 0 with gradients of 0."""
+    model, optimizer = attached(RigL(2), make=lambda p: torch.optim.SGD(p, 0.1))
+    train(model, [optimizer], 3)
+    optimizer.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    get_state_dict(model, optimizer)
+    assert model.updater.step == 3
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as at the start of a warm-up
+    train(model, [optimizer], 1)
+    assert model.updater.step == 4
+    assert len(model.updater.history) == 3
