@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test format bench zoo study clean
+.PHONY: install demo test sweep format bench zoo study clean
 
 install: $(STAMP)
 
@@ -24,11 +24,14 @@ test: install  ## the whole gate
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tests/check_wheel.py
 
+sweep: install  ## every combination that the gate samples, in about a quarter of an hour
+	$(BIN)/python -m pytest -n 2 -m sweep tests/test_matrix.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## ratios side by side; rigl-torch runs in an environment of its own
+bench: install  ## ratios side by side; other libraries run in an environment of their own
 	$(BIN)/python benchmarks/run.py
 
 zoo: install  ## the table of every torchvision model, benchmarks/ZOO.md

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +26,12 @@ from sparsify import (
     Static,
     cost_ledger,
     flop_report,
+    load_checkpoint,
+    save_checkpoint,
     small_dense,
     sparsify,
 )
+from sparsify.files import replacing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 30
@@ -102,29 +104,33 @@ def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False,
     model = _build(run, task, dense, folder, root, quick, total).to(DEVICE)
     optimizer = task.optimizer(model.parameters())
     scheduler = task.scheduler(optimizer, total)
-    checkpoint = Checkpoint(folder / f"{run.name}.pt", model, optimizer, scheduler)
+    checkpoint = folder / f"{run.name}.pt"
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     updater = model._modules.get("updater")
-    first, seconds = checkpoint.load()
+    saved = load_checkpoint(checkpoint, map_location=DEVICE, **parts) or {"epoch": 0, "seconds": 0.0}
+    first, seconds = saved["epoch"], saved["seconds"]
     if updater is not None:
         updater.attach(optimizer, total_steps=total)
     bar = tqdm(total=total, initial=first * content.steps, desc=run.name, disable=not show)
-    started, saved = time.process_time(), time.monotonic()  # CPU time: runs beside each other do not lengthen it
+    started, saved_at = time.process_time(), time.monotonic()  # CPU time: runs beside each other do not lengthen it
     model.train()
     for epoch in range(first, epochs):
         for x, y in content.train(run.seed, epoch):
             _step(task, model, optimizer, x.to(DEVICE), y.to(DEVICE))
             scheduler.step()
             bar.update()
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and epoch + 1 < epochs:
-            checkpoint.save(epoch + 1, seconds + time.process_time() - started)
-            saved = time.monotonic()
+        if time.monotonic() - saved_at > CHECKPOINT_SECONDS and epoch + 1 < epochs:
+            spent = seconds + time.process_time() - started
+            save_checkpoint(checkpoint, **parts, epoch=epoch + 1, seconds=spent)
+            saved_at = time.monotonic()
     bar.close()
     result = {"run": asdict(run), "cpu_seconds": round(seconds + time.process_time() - started, 1), "steps": total}
     result |= {task.metric: evaluate(task, model, content)} | _costs(run, task, model, dense)
     if updater is not None:
         torch.save({name: mask.cpu() for name, mask in updater.masks.items()}, folder / f"{run.name}.masks.pt")
-    _write(path, json.dumps(result, indent=1).encode())
-    checkpoint.path.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
     return result
 
 
@@ -194,36 +200,3 @@ def _costs(run: Run, task: Task, model: nn.Module, dense: nn.Module) -> dict[str
         "training_ratio": training * run.longer,
         "densities": history,
     }
-
-
-@dataclass
-class Checkpoint:
-    """Everything that a run needs to go on after an interruption, in one file that is never half-written."""
-
-    path: Path
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-
-    def save(self, epoch: int, seconds: float) -> None:
-        """Write the state at the end of an epoch."""
-        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
-        partial = self.path.with_suffix(".partial")
-        torch.save({**state, "epoch": epoch, "seconds": seconds, "rng": torch.get_rng_state()}, partial)
-        os.replace(partial, self.path)
-
-    def load(self) -> tuple[int, float]:
-        """Take over the state, if there is one; return the epochs done and the seconds they took."""
-        if not self.path.exists():
-            return 0, 0.0
-        state = torch.load(self.path, map_location=DEVICE)
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["rng"].cpu())
-        return state["epoch"], state["seconds"]
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
