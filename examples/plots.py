@@ -18,19 +18,19 @@ def plot_scores(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
         ("density", "density", "score-density.png"),
         ("training_ratio", "training FLOPs / dense", "score-flops.png"),
     ):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
         groups = defaultdict(list)
         for row in rows:
             groups[row["variant"]].append(row)
         for i, (variant, group) in enumerate(groups.items()):
             group.sort(key=lambda row: row[key])
             means, spread = [row["mean"] for row in group], [row["deviation"] for row in group]
-            style = {"marker": _MARKERS[i % len(_MARKERS)], "color": f"C{i % 10}", "capsize": 2}
+            style = {"marker": _MARKERS[i % len(_MARKERS)], "color": plt.get_cmap("tab20")(i % 20), "capsize": 2}
             axes.errorbar([row[key] for row in group], means, spread, label=variant, linewidth=1, **style)
         axes.set(
             xscale="log", xlabel=label, ylabel="test accuracy (%)" if metric == "accuracy" else "bits per character"
         )
-        axes.legend(fontsize="x-small", ncols=2)
+        figure.legend(fontsize="small", loc="outside right upper")
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
 

@@ -80,23 +80,27 @@ def judge(claim: Claim, results: Results, task: str) -> str:
     metric = TASKS[task].metric
     sign = 1 if metric == "accuracy" else -1
     scores = {Run(**result["run"]): sign * result[metric] for result in results}
-    holds, fails, gaps = [], [], []
+    holds, fails, gaps, moved = [], [], [], False
     by_density = defaultdict(list)
     for run in scores:
         if run == Run(task, density=run.density, seed=run.seed):
             pair = scores.get(replace(run, **claim.better)), scores.get(replace(run, **claim.than))
             if None not in pair:
                 by_density[run.density].append(pair[0] - pair[1])
-    for density, differences in by_density.items():
+    for density, differences in sorted(by_density.items(), reverse=True):
         mean = statistics.mean(differences)
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-        gaps.append(f"{sign * mean:+.2f}")
+        gaps.append(f"{density:g}: {sign * mean:+.2f}")
+        moved |= any(differences)
         if mean > 2 * error or (claim.not_worse and mean > -2 * error):
             holds.append(density)
         elif mean < -2 * error:
             fails.append(density)
+    if not moved:
+        return f"| {claim.text} | no difference here | | | |"
     verdict = "holds" if len(holds) == len(gaps) else "fails" if len(fails) == len(gaps) else "in part"
-    return f"| {claim.text} | {verdict} | {_list(holds)} | {_list(fails)} | {' '.join(gaps)} |"
+    verdict = verdict if holds or fails else "undecided"
+    return f"| {claim.text} | {verdict} | {_list(holds)} | {_list(fails)} | {', '.join(gaps)} |"
 
 
 def _list(densities: list[float]) -> str:
