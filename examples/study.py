@@ -58,7 +58,7 @@ CLAIMS = (
     Claim("RigL beats the small dense network of as many parameters", {}, {"method": "small-dense"}),
     Claim("RigL beats SET", {}, {"method": "set"}),
     Claim("RigL is not worse than SNFS, which costs more", {}, {"method": "snfs"}, not_worse=True),
-    Claim("RigL beats SNIP", {}, {"method": "snip-global"}),
+    Claim("RigL beats SNIP", {}, {"method": "snip"}),
     Claim("Pruning beats RigL trained as long", {"method": "gmp-global"}, {}),
     Claim("RigL trained 3 times as long is not worse than pruning", {"longer": 3.0}, {"method": "gmp-global"}, True),
     Claim("ERK beats uniform at equal parameters", {}, {"distribution": "uniform"}),

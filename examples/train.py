@@ -71,8 +71,8 @@ METHODS: dict[str, Maker] = {
     "srigl": lambda t, a, task: SRigL(t, a),
     "gmp": lambda t, a, task: GMP(t, **task.gmp),
     "gmp-global": lambda t, a, task: GMP(t, **task.gmp, scope="global"),
-    "snip": lambda t, a, task: SNIP(scope="layer"),
-    "snip-global": lambda t, a, task: SNIP(),
+    "snip": lambda t, a, task: SNIP(),
+    "snip-layer": lambda t, a, task: SNIP(scope="layer"),
     "nm": lambda t, a, task: NM(2, 4, t, a),
 }
 _TAKEN_FROM = {"lottery": "gmp-global", "re-init": "rigl"}  # whose masks they take

@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 Width = Callable[[int], int]
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase)  # whose weights multiply inputs
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def sizes_of(layer: nn.Module) -> list[tuple[int, int]]:
-    """Return (outputs, number that they must be a multiple of) of a layer whose outputs may shrink."""
+def sizes_of(layer: nn.Module, triple: bool = False) -> list[tuple[int, int]]:
+    """Return (outputs, number that they must be a multiple of) of a layer whose outputs may shrink.
+
+    Args:
+        layer: one of torch.nn's.
+        triple: whether its outputs are queries, keys and values of its inputs, whose number they follow.
+    """
     if isinstance(layer, nn.modules.conv._ConvNd):
         if layer.groups == 1:
             return [(layer.out_channels, 1)]
@@ -21,7 +27,7 @@ def sizes_of(layer: nn.Module) -> list[tuple[int, int]]:
         multiple = layer.in_channels // layer.groups if _keeps_group_size(layer) else layer.groups
         return [(layer.in_channels, multiple), (layer.out_channels, multiple)]
     if isinstance(layer, nn.Linear):
-        return [] if layer.out_features == 3 * layer.in_features else [(layer.out_features, 1)]
+        return [] if triple else [(layer.out_features, 1)]
     if isinstance(layer, nn.MultiheadAttention):
         return [(layer.embed_dim, layer.num_heads)]
     if isinstance(layer, nn.GroupNorm):
@@ -36,13 +42,14 @@ def _keeps_group_size(conv: nn.modules.conv._ConvNd) -> bool:
     return conv.in_channels == conv.out_channels and conv.groups > 1 and conv.in_channels <= conv.groups**2
 
 
-def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width) -> nn.Module:
+def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width, triple: bool = False) -> nn.Module:
     """Return a copy of a layer for inputs of a shape, its outputs narrowed.
 
     Args:
         layer: one of torch.nn's, on any device.
         inputs: shape of what it is called with.
         width: outputs of the layer -> outputs of the copy.
+        triple: as for `sizes_of`.
 
     Returns:
         A layer with the first of its old weights evenly thinned out.
@@ -51,7 +58,7 @@ def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width) -> nn.
         TypeError: nobody knows how this kind of layer shrinks.
     """
     new = copy.deepcopy(layer)
-    attributes = _new_attributes(layer, inputs, width)
+    attributes = _new_attributes(layer, inputs, width, triple)
     for name, value in attributes.items():
         setattr(new, name, value)
     shapes = _shapes(new)
@@ -60,7 +67,7 @@ def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width) -> nn.
             owner, _, attribute = name.rpartition(".")
             store = new.get_submodule(owner)
             table = store._parameters if attribute in store._parameters else store._buffers
-            table[attribute] = narrowed_parameter(parameter, shapes[name])
+            table[attribute] = narrowed_parameter(parameter, shapes[name], store)
     if isinstance(new, nn.MultiheadAttention):
         new.out_proj.in_features = new.out_proj.out_features = new.embed_dim
     if isinstance(new, nn.RNNBase):  # which keeps its weights in a list besides
@@ -79,15 +86,15 @@ def apply_sizes(layer: nn.Module, narrowed: nn.Module, by_original: dict[Any, An
         module = layer.get_submodule(owner)
         table: Any = module._parameters if attribute in module._parameters else module._buffers
         if tensor not in by_original:
-            by_original[tensor] = narrowed_parameter(tensor, sizes[name])
+            by_original[tensor] = narrowed_parameter(tensor, sizes[name], module)
         table[attribute] = by_original[tensor]
     if isinstance(layer, nn.RNNBase):
         layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
 
 
 @torch.no_grad()
-def narrowed_parameter(tensor: Any, shape: tuple[int, ...]) -> Any:
-    """Take evenly spaced elements along every dimension; a weight is scaled up to its smaller fan-in.
+def narrowed_parameter(tensor: Any, shape: tuple[int, ...], owner: nn.Module) -> Any:
+    """Take evenly spaced elements along every dimension; a layer's weight is scaled up to its smaller fan-in.
 
     Evenly, so that queries, keys and values, groups and gates keep their shares.
     """
@@ -98,12 +105,13 @@ def narrowed_parameter(tensor: Any, shape: tuple[int, ...]) -> Any:
     for dim, size in enumerate(shape):
         if size < new.shape[dim]:
             new = new.index_select(dim, torch.arange(size, device=new.device) * new.shape[dim] // size)
-    if tensor.dim() > 1 and tensor.is_floating_point() and new.numel():
-        new = new * (tensor[0].numel() / new[0].numel()) ** 0.5
+    if tensor.dim() > 1 and isinstance(owner, _LAYERS):
+        inputs = 0 if getattr(owner, "transposed", False) else 1
+        new = new * (tensor.shape[inputs] / new.shape[inputs]) ** 0.5
     return nn.Parameter(new.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.clone()
 
 
-def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width) -> dict[str, Any]:
+def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width, triple: bool) -> dict[str, Any]:
     if isinstance(layer, nn.modules.conv._ConvNd):
         ins = inputs[1]
         if layer.groups == layer.in_channels and layer.groups > 1:
@@ -112,7 +120,7 @@ def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width) -> di
         return {"in_channels": ins, "groups": groups, "out_channels": width(layer.out_channels)}
     if isinstance(layer, nn.Linear):
         ins = inputs[-1]
-        outs = 3 * ins if layer.out_features == 3 * layer.in_features else width(layer.out_features)
+        outs = 3 * ins if triple else width(layer.out_features)
         return {"in_features": ins, "out_features": outs}
     if isinstance(layer, nn.modules.batchnorm._NormBase):
         return {"num_features": inputs[1]}

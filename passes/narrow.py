@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class Narrowable:
         self._meta = copy.deepcopy(model).to("meta").eval()
         self._inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
         self._graphs = list(dict.fromkeys(self.capture.regions[""].graphs.values()))
+        self._last = {node for graph in self._graphs for node in _last_layers(graph, self._meta)}
         self._outputs = self._walk(lambda size: size, Narrowing())
         self.sizes = self._find_sizes()
         while leaking := self._outputs_that_shrink():
@@ -99,7 +100,7 @@ class Narrowable:
         for name, shape in narrowing.parameters.items():
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
-            module._parameters[attribute] = narrowed_parameter(module._parameters[attribute], shape)
+            module._parameters[attribute] = narrowed_parameter(module._parameters[attribute], shape, module)
         model = install(model, capture)
         vars(model)["keeps_graph"] = True  # the original forward may hold the original sizes
         return model
@@ -108,7 +109,7 @@ class Narrowable:
         shapes = []
         for graph in self._graphs:
             with torch.no_grad():
-                outputs = _Walk(self._meta, self.capture, graph, width, narrowing).run(*self._inputs)
+                outputs = _Walk(self._meta, self.capture, graph, width, narrowing, self._last).run(*self._inputs)
             shapes.append([tuple(t.shape) for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)])
         return shapes
 
@@ -117,7 +118,7 @@ class Narrowable:
         sizes: dict[int, int] = {}
         nodes = [node for graph in self._graphs for node in graph.nodes if node in _fed(graph)]
         for node in nodes:
-            for size, multiple in _sizes_at(node, self._meta):
+            for size, multiple in [] if node in self._last else _sizes_at(node, self._meta):
                 sizes[size] = math.lcm(sizes.get(size, 1), multiple)
         for node in nodes:
             for size, multiple in _heads_at(node, sizes):
@@ -142,10 +143,35 @@ def _fed(graph: fx.Graph) -> set[fx.Node]:
     return fed
 
 
+def _last_layers(graph: fx.Graph, model: nn.Module) -> set[fx.Node]:
+    """Return the layers that decide the sizes of the graph's outputs, by going back from these; they keep their outputs."""
+    last, left = set(), list(next(iter(reversed(graph.nodes))).all_input_nodes)
+    seen = set(left)
+    while left:
+        node = left.pop()
+        if _sizes_at(node, model):
+            last.add(node)
+            continue
+        left += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return last
+
+
+def _is_triple(node: fx.Node, layer: nn.Module) -> bool:
+    """Tell whether a linear layer makes queries, keys and values, which are then taken apart."""
+    if not isinstance(layer, nn.Linear) or layer.out_features != 3 * layer.in_features:
+        return False
+    names = ("chunk", "split", "reshape", "view", "unflatten", "tensor_split")
+    users = [user for user in node.users if getattr(user.target, "__name__", user.target) in names]
+    constants = [c for user in users for c in pytree.tree_leaves([*user.args[1:], *user.kwargs.values()])]
+    return 3 in constants or layer.in_features in constants
+
+
 def _sizes_at(node: fx.Node, model: nn.Module) -> list[tuple[int, int]]:
     """Return the output sizes of a layer, or of the weights that a function reads."""
     if node.op == "call_module":
-        return sizes_of(model.get_submodule(str(node.target)))
+        layer = model.get_submodule(str(node.target))
+        return sizes_of(layer, _is_triple(node, layer))
     if node.op == "call_function":  # a function with weights among its arguments: a linear or a convolution
         reads = [n for n in node.all_input_nodes if n.op == "get_attr"]
         shapes = [p.shape for n in reads if (p := _parameter(model, str(n.target))) is not None]
@@ -176,9 +202,18 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 class _Walk(fx.Interpreter):
     """Run a graph on meta tensors, narrowing every layer as it is reached."""
 
-    def __init__(self, model: nn.Module, capture: Capture, graph: fx.Graph, width: Width, narrowing: Narrowing) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Capture,
+        graph: fx.Graph,
+        width: Width,
+        narrowing: Narrowing,
+        last: Container[fx.Node],
+    ) -> None:
         super().__init__(model, graph=graph)
         self.width, self.narrowing, self.constants = width, narrowing, capture.regions[""].constants
+        self.last = last
         self.fed = _fed(graph)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -208,7 +243,8 @@ class _Walk(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if self.node in self.fed and next(layer.parameters(), None) is not None:
-            layer = narrowed_layer(layer, args[0].shape, self.width)
+            width = (lambda size: size) if self.node in self.last else self.width
+            layer = narrowed_layer(layer, args[0].shape, width, _is_triple(self.node, layer))
             before = self.narrowing.layers.setdefault(target, layer)
             if [p.shape for p in before.parameters()] != [p.shape for p in layer.parameters()]:
                 raise RuntimeError("it is called with inputs of different sizes")

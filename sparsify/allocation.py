@@ -81,6 +81,8 @@ def given_masks(masks: Any) -> dict[str, Tensor]:
         ValueError: it is neither a model that is sparse, by its masks or by zeros in its weights, nor such a mapping.
     """
     if isinstance(masks, nn.Module) and masks_of(masks):
+        if all(mask.density == 1 for mask in masks_of(masks).values()):
+            raise ValueError("masks is a model whose masks keep everything: nothing is pruned yet. Train it first.")
         return {name: mask.mask for name, mask in masks_of(masks).items()}
     if isinstance(masks, nn.Module):
         kept = {name: p.detach() != 0 for name, p in masks.named_parameters() if p.dim() > 1 and not p.is_meta}

@@ -90,6 +90,10 @@ def sparsify(
     distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     check_budget(density, flops, inputs, _fixed_by(method, masks))
+    if flops is not None and method.total_only:
+        raise ValueError(
+            f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data."
+        )
     adapt_weights = resolve(init, INITS, "init")
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]

@@ -55,10 +55,10 @@ def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Raise unless an option is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless an option is a whole number of at least so much."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
 
 def check_between(name: str, value: Any, open_above: bool = False, closed_below: bool = False) -> None:

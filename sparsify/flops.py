@@ -66,11 +66,11 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
 
 
 def _training_of(model: nn.Module) -> tuple[Method | None, dict[str, int], int]:
-    """Return the method, the counts it will end with where it prunes, and the steps to forecast."""
+    """Return the method, the counts it will end with where it still prunes, and the steps to forecast."""
     updater: Any = model._modules.get("updater")
     if updater is None:
         return None, {}, 0
-    goals = {name: goal.target for name, goal in updater.goals.items()} if updater.method.prunes else {}
+    goals = {} if updater.pruned_all else {name: goal.target for name, goal in updater.goals.items()}
     return updater.method, goals, updater.total_steps or NOMINAL_STEPS
 
 

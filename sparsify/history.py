@@ -22,6 +22,7 @@ class Topology:
 
     step: int  # optimizer steps, counted from 1; 0 is the start of training
     nonzeros: dict[str, int]
+    densities: dict[str, float]  # kept fractions, in (0, 1]; `cost_ledger` has the FLOPs
 
 
 _VERSION = 2  # of the layout

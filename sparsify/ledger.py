@@ -1,5 +1,6 @@
 """Ledger: what a run has cost, from the masks that it really had, beside its forecast and the published formula."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparsify.flops import flop_report
-from sparsify.spending import Spending, spend
+from sparsify.spending import Spending, forecast, spend_along
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,28 @@ def cost_ledger(model: nn.Module, inputs: Any) -> CostLedger:
     report = flop_report(model, inputs)
     sizes = {x.name: (x.params, x.dense_macs) for x in report.layers if x.name in updater.goals}
     total = sum(size for size, _ in sizes.values())
-    ratios, densities = [], []
-    for entry in updater.history:
-        saved = sum(macs - macs * entry.nonzeros[name] // size for name, (size, macs) in sizes.items())
-        ratios.append((entry.step, 1 - saved / report.dense_macs if report.dense_macs else 1.0))
-        densities.append(sum(entry.nonzeros[name] for name in sizes) / total)
+
+    def inference_ratio(nonzeros: dict[str, int]) -> float:
+        # A layer that was replaced has no count any more, and is dense.
+        saved = sum(macs - macs * (nonzeros[name] or size) // size for name, (size, macs) in sizes.items())
+        return 1 - saved / report.dense_macs if report.dense_macs else 1.0
+
+    topologies = [next(group) for _, group in itertools.groupby(updater.history, key=lambda entry: entry.nonzeros)]
+    ratios = [(entry.step, inference_ratio(entry.nonzeros)) for entry in topologies]
     method, schedule = updater.method, updater.total_steps
+    spent = spend_along(ratios, method.updates, updater.step, schedule)
+    so_far = [1.0, *(spending.ratio for spending in spent[:-1])]
+    densities = [sum(entry.nonzeros[name] for name in sizes) / total for entry in topologies]
     rows = [
-        CostRow(step, density, ratio, spend(ratios[: i + 1], method.updates, step, schedule).ratio)
-        for i, ((step, ratio), density) in enumerate(zip(ratios, densities, strict=True))
+        CostRow(step, density, ratio, cost)
+        for (step, ratio), density, cost in zip(ratios, densities, so_far, strict=True)
     ]
-    spending = spend(ratios, method.updates, updater.step, schedule)
+    planned = {name: goal.target for name, goal in updater.goals.items()} if method.prunes else topologies[0].nonzeros
     return CostLedger(
         method.name,
         report.dense_macs,
-        spending,
+        spent[-1],
         tuple(rows),
-        report.exact_training_ratio,
+        forecast(method, inference_ratio(planned), schedule),
         report.training_ratio,
     )

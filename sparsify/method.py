@@ -77,6 +77,7 @@ class Method:
     updates: Updates | None = None  # None: the topology never changes
     layout: Layout = ELEMENTS
     prunes: bool = False  # starts dense; `updates.amount` is the share of the final sparsity that is reached
+    total_only: bool = False  # whether layers share one budget, so that the distribution decides the total only
 
     def counts_vary(self) -> bool:
         """Tell whether an update may change how many weights a layer keeps."""
@@ -94,7 +95,7 @@ def steady_updates(interval: int, drop_fraction: float, end_fraction: float, dro
 
 
 def _every(interval: int, end_fraction: float, total_steps: int) -> range:
-    return range(interval, math.ceil(end_fraction * total_steps), interval)
+    return range(interval, math.ceil(end_fraction * total_steps - 1e-6), interval)  # safe from float error
 
 
 def _scheduled(

@@ -26,13 +26,15 @@ def steady(layers: Sequence[LayerState], fraction: float) -> list[tuple[int, int
 def redistribute(score: Score, layers: Sequence[LayerState], fraction: float) -> list[tuple[int, int]]:
     """Drop as `steady` does, and grow where the mean |score| of the active weights is high (SNFS, arXiv 1907.04840).
 
-    The total count stays exactly as it is and no layer exceeds its size.
+    The total count stays exactly as it is, no layer exceeds its size, and one whose score is zero everywhere keeps its count.
     """
     drops = [drop for drop, _ in steady(layers, fraction)]
     sums = [torch.where(x.mask, score(x), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device) for x in layers]
     shares = [total / layer.nonzeros for total, layer in zip(torch.stack(sums).tolist(), layers, strict=True)]
-    room = [layer.mask.numel() - layer.nonzeros + drop for layer, drop in zip(layers, drops, strict=True)]
-    return list(zip(drops, apportion(sum(drops), shares, room), strict=True))
+    live = [i for i, share in enumerate(shares) if share]
+    room = [layers[i].mask.numel() - layers[i].nonzeros + drops[i] for i in live]
+    grown = dict(zip(live, apportion(sum(drops[i] for i in live), [shares[i] for i in live], room), strict=True))
+    return [(drop, grown.get(i, drop)) for i, drop in enumerate(drops)]
 
 
 def apportion(total: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
@@ -84,8 +86,9 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
     total = sum(layer.nonzeros - _goal(layer, reached) for layer in layers)
     if total <= 0:
         return [(0, 0)] * len(layers)
-    scores = torch.cat([score(layer).flatten() for layer in layers])
-    among = torch.cat([layer.mask.flatten() for layer in layers])
+    device = layers[0].mask.device
+    scores = torch.cat([score(layer).flatten().to(device) for layer in layers])
+    among = torch.cat([layer.mask.flatten().to(device) for layer in layers])
     sizes = [layer.mask.numel() for layer in layers]
     for part, active in zip(scores.split(sizes), among.split(sizes), strict=True):
         best = torch.where(active, part.abs(), -1).argmax(keepdim=True)

@@ -40,11 +40,13 @@ def GMP(  # noqa: N802
             f"begin_fraction={begin_fraction!r} must be below end_fraction={end_fraction!r}: pruning ends after it begins."
         )
 
-    name, plan = _scope("gmp", scope, scores.weight)
+    plan = _plan(scope, scores.weight)
+    name = "gmp" if scope == "layer" else "gmp-global"
     span = (interval, begin_fraction, end_fraction)
     steps, amount = partial(_pruning_steps, *span), partial(_cubic, *span)
     updates = Updates(steps, amount, plan, dense_gradients="never", counts_vary=True)
-    return Method(name, partial(costs.gmp, begin_fraction, end_fraction), updates, prunes=True)
+    published = partial(costs.gmp, begin_fraction, end_fraction)
+    return Method(name, published, updates, prunes=True, total_only=scope == "global")
 
 
 def SNIP(*, scope: str = "global") -> Method:  # noqa: N802
@@ -65,19 +67,21 @@ def SNIP(*, scope: str = "global") -> Method:  # noqa: N802
         >>> SNIP().updates.steps(1000)
         range(1, 2)
     """
-    name, plan = _scope("snip", scope, scores.saliency)
+    plan = _plan(scope, scores.saliency)
     updates = Updates(_first_step, _all_at_once, plan, drop_score=scores.saliency, counts_vary=True)
-    return Method(name, costs.sparse, updates, prunes=True)
+    name = "snip" if scope == "global" else "snip-layer"
+    return Method(name, costs.sparse, updates, prunes=True, total_only=scope == "global")
 
 
-def _scope(name: str, scope: str, score: scores.Score) -> tuple[str, Plan]:
-    plan: Plan = resolve(scope, {"layer": prune, "global": partial(prune_global, score)}, "scope")
-    return (name if scope == "layer" else f"{name}-global"), plan
+def _plan(scope: str, score: scores.Score) -> Plan:
+    return resolve(scope, {"layer": prune, "global": partial(prune_global, score)}, "scope")
 
 
 def _pruning_steps(interval: int, begin_fraction: float, end_fraction: float, total_steps: int) -> range:
-    begin = math.floor(begin_fraction * total_steps)
-    return range(begin + interval, math.floor(end_fraction * total_steps) + 1, interval)
+    begin, end = (
+        math.floor(part * total_steps + 1e-6) for part in (begin_fraction, end_fraction)
+    )  # safe from float error
+    return range(begin + interval, end + 1, interval)
 
 
 def _cubic(interval: int, begin_fraction: float, end_fraction: float, step: int, total_steps: int) -> float:

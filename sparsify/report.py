@@ -51,7 +51,9 @@ class FlopReport:
     layers: tuple[Layer, ...]
     dense_bytes: int
     sparse_bytes: int
-    final_ratio: float  # inference FLOPs relative to dense at the end of training; lower than now if the method prunes
+    final_ratio: (
+        float  # inference_ratio at the end of training: of a method that still prunes, as the distribution has it
+    )
     training_ratio: float  # training FLOPs relative to dense, by the published closed form
     exact_training_ratio: float  # by the schedule of a run of `total_steps` steps
     total_steps: int

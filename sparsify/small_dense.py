@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from passes.mask import masks_of
 from passes.narrow import Narrowable, Narrowing
 from sparsify.flops import arguments_of
 
@@ -42,6 +43,8 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ValueError(f"density={density!r} must be a number in (0, 1].")
     args, kwargs = arguments_of(model, inputs)
+    if masks_of(model):
+        raise ValueError("small_dense() takes a dense model; this one is sparse. Narrow the model it was made from.")
     if kwargs:
         raise ValueError("small_dense() takes positional inputs.")
     narrowable = Narrowable(model, copy.copy(args))

@@ -45,13 +45,21 @@ def spend(ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: i
         >>> spend([(0, 1.0), (5, 0.2)], None, 10, 10).ratio  # half dense, half at a fifth
         0.6
     """
-    sparse = dense = 0.0
+    return spend_along(ratios, updates, steps, total_steps)[-1]
+
+
+def spend_along(
+    ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: int, total_steps: int
+) -> list[Spending]:
+    """Return the sums at the end of every stretch of `ratios`; arguments as for `spend`."""
+    sums, sparse, dense = [], 0.0, 0.0
     ends = [step for step, _ in ratios[1:]] + [steps]
     for (start, ratio), end in zip(ratios, ends, strict=True):
         end = min(end, steps)
         sparse += ratio * max(0, end - start)
         dense += (1 - ratio) * (_dense_steps(updates, end, total_steps) - _dense_steps(updates, start, total_steps))
-    return Spending(steps, sparse, sparse, sparse, dense)
+        sums.append(Spending(end, sparse, sparse, sparse, dense))
+    return sums
 
 
 def _dense_steps(updates: Updates | None, step: int, total_steps: int) -> int:

@@ -75,7 +75,7 @@ def NM(  # noqa: N802
         '1:4'
     """
     check_whole("n", n)
-    check_whole("m", m)
+    check_whole("m", m, least=2)
     if n > m:
         raise ValueError(f"n={n} is larger than m={m}: of {m} weights at most {m} can be kept.")
     updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)

@@ -40,17 +40,19 @@ def update_layers(
         skipped: counts the updates that did not happen, on the device; int64, no dimension.
 
     Returns:
-        False if the host knows that nothing happened: where counts vary it has to ask. Otherwise the device decides.
+        False if nothing happened and the update has to come again: where counts vary the host asks. Otherwise the device
+        decides, and an update that was not finite is over.
     """
     updates = method.updates
     assert updates is not None
     if not layers:
         return True
     states = [state for _, state in layers]
-    finite = _all_finite([_deciding(state) for state in states], skipped.device)
+    finite = _all_finite([tensor for state in states for tensor in _deciding(state)], skipped.device)
     skipped += ~finite
-    if updates.counts_vary and not bool(finite):
-        return False
+    host_knows = updates.counts_vary or finite.device.type == "cpu"  # where asking does not wait
+    if host_knows and not bool(finite):
+        return not updates.counts_vary
     plan = updates.plan(states, amount)
     if not updates.counts_vary and any(drop != grow for drop, grow in plan):
         raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
@@ -74,9 +76,11 @@ def observe(updates: Updates, bound: Bound, average: Tensor | None, optimizer: O
         zero_dropped_(bound.weight.grad, bound.mask.mask)
 
 
-def _deciding(state: LayerState) -> Tensor:
-    """Return the tensor that shows first that something is not finite."""
-    return next(t for t in (state.gradient, state.momentum, state.weight) if t is not None)
+def _deciding(state: LayerState) -> list[Tensor]:
+    """Return what shows that something is not finite: the gradient, which weights that are not make so too, or the others."""
+    if state.gradient is not None:
+        return [state.gradient]
+    return [t for t in (state.momentum, state.weight) if t is not None]
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:

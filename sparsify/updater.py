@@ -94,12 +94,25 @@ class Updater(nn.Module):
     @property
     def history(self) -> list[Topology]:
         """The counts at the start of training and after every update since, oldest first."""
-        return [Topology(step, dict(zip(self.goals, counts, strict=True))) for step, counts in self._history]
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        found = []
+        for step, counts in self._history:
+            nonzeros = dict(zip(self.goals, counts, strict=True))
+            found.append(Topology(step, nonzeros, {n: nonzeros[n] / size for n, size in sizes.items()}))
+        return found
 
     @property
     def pruned(self) -> bool:
         """Whether the masks are sparse yet: a method that prunes while training starts dense."""
         return not self.method.prunes or any(density < 1 for density in self.densities.values())
+
+    @property
+    def pruned_all(self) -> bool:
+        """Whether nothing is left to prune: the method does not, or its last pruning is over."""
+        updates = self.method.updates
+        if not self.method.prunes or updates is None:
+            return True
+        return self._total_steps > 0 and self.step >= updates.steps(self._total_steps)[-1]
 
     @property
     def replaced(self) -> tuple[str, ...]:

@@ -189,10 +189,10 @@ def test_the_ledger_counts_dense_gradients(method: Method) -> None:
         dense_steps += bool(model.conv2.weight.grad[~mask].any())
         optimizer.step()
     ledger = cost_ledger(model, (1, 3, 8, 8))
-    assert dense_steps == {"rigl": 4, "snfs": 12, "snip-global": 0, "set": 0}[method.name]
+    assert dense_steps == {"rigl": 4, "snfs": 12, "snip": 0, "set": 0}[method.name]
     ratio = ledger.rows[-1].inference_ratio
     if method.name != "snfs":  # which redistributes, and so changes its FLOPs
-        assert ledger.spending.forward == pytest.approx(20 * ratio if method.name != "snip-global" else 1 + 19 * ratio)
+        assert ledger.spending.forward == pytest.approx(20 * ratio if method.name != "snip" else 1 + 19 * ratio)
     if method.name in ("rigl", "set"):
         assert ledger.training_ratio == pytest.approx(ledger.forecast)
         assert ledger.spending.dense_gradient == pytest.approx(dense_steps * (1 - ratio))

@@ -56,7 +56,7 @@ def assert_layout(model: nn.Module) -> None:
     method, goals, masks = model.updater.method, model.updater.goals, model.updater.masks
     targets = {name: goal.target for name, goal in goals.items()}
     counts = model.updater.nonzeros
-    if method.name in ("set", "rigl", "rigl-struct", "nm", "static", "gmp", "snip"):
+    if method.name in ("set", "rigl", "rigl-struct", "nm", "static", "gmp", "snip-layer"):
         assert counts == targets
     elif method.name != "srigl":
         assert sum(counts.values()) == sum(targets.values())
@@ -262,7 +262,7 @@ def test_bad_options(call: object, message: str) -> None:
 def test_snip_before_any_batch() -> None:
     model, optimizer = start(SNIP())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"conv1.weight has no gradient, by which method 'snip-global' prunes"):
+    with pytest.raises(RuntimeError, match=r"conv1.weight has no gradient, by which method 'snip' prunes"):
         optimizer.step()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     train(model, [optimizer], 1)
