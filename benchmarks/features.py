@@ -117,7 +117,7 @@ def deepcopy(library: Library) -> str:
 
 
 def average(library: Library) -> str:
-    """Whether an average of five models stays as sparse as a model, in what it computes with."""
+    """Whether an average of five models can be made and evaluated."""
     training = small(library)
     ema = torch.optim.swa_utils.AveragedModel(training.model)
     for _ in range(5):

@@ -38,9 +38,12 @@ def digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_x, train_y, test_x, test_y
 
 
-def digits(root: Path | None = None, quick: bool = False) -> Data:
-    """Return scikit-learn's digits in batches of 64."""
+def digits(root: Path | None = None, quick: bool = False, validation: bool = False) -> Data:
+    """Return scikit-learn's digits in batches of 64; for validation, the last tenth of the training images is the test."""
     train_x, train_y, test_x, test_y = digit_images()
+    if validation:
+        split = len(train_x) * 9 // 10
+        train_x, train_y, test_x, test_y = train_x[:split], train_y[:split], train_x[split:], train_y[split:]
 
     def train(seed: int, epoch: int) -> Batches:
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(1000 * seed + epoch))
@@ -51,18 +54,25 @@ def digits(root: Path | None = None, quick: bool = False) -> Data:
 
 
 def characters(
-    root: Path | None = None, quick: bool = False, batch: int = 32, length: int = 512, steps: int = 1000
+    root: Path | None = None,
+    quick: bool = False,
+    validation: bool = False,
+    batch: int = 32,
+    length: int = 512,
+    steps: int = 1000,
 ) -> Data:
     """Return windows of a text as bytes, the last tenth for the test.
 
     Args:
         root: a text file; by default the sources of Python's own standard library.
         quick: use little of it.
+        validation: leave the test out, and test on the last tenth of the rest.
         batch: windows per step.
         length: characters per window.
         steps: per epoch.
     """
     text = torch.from_numpy(_bytes_of(root)[: 200_000 if quick else None]).long()
+    text = text[: len(text) * 9 // 10] if validation else text
     split = len(text) * 9 // 10
     if split < 10 * (length + 1):
         raise SystemExit(f"{root} has {len(text)} characters; a text of {20 * (length + 1)} at least is needed.")
@@ -96,31 +106,36 @@ def _bytes_of(path: Path | None) -> np.ndarray:
     return np.frombuffer(b"\n".join(file.read_bytes() for file in files), dtype=np.uint8).copy()
 
 
-def cifar10(root: Path | None = None, quick: bool = False) -> Data:
-    """Return CIFAR-10 with the usual crops and flips; the last tenth of the training images is left out for validation."""
-    return _cifar(datasets.CIFAR10, "cifar-10-batches-py", root, quick)
+def cifar10(root: Path | None = None, quick: bool = False, validation: bool = False) -> Data:
+    """Return CIFAR-10 with the usual crops and flips; the last tenth of the training images is for validation only."""
+    return _cifar(datasets.CIFAR10, "cifar-10-batches-py", root, quick, validation)
 
 
-def cifar100(root: Path | None = None, quick: bool = False) -> Data:
+def cifar100(root: Path | None = None, quick: bool = False, validation: bool = False) -> Data:
     """Return CIFAR-100, as `cifar10`."""
-    return _cifar(datasets.CIFAR100, "cifar-100-python", root, quick)
+    return _cifar(datasets.CIFAR100, "cifar-100-python", root, quick, validation)
 
 
-def _cifar(dataset: Any, folder: str, root: Path | None, quick: bool) -> Data:
+def _cifar(dataset: Any, folder: str, root: Path | None, quick: bool, validation: bool) -> Data:
     normalize = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
     crop = [transforms.RandomCrop(32, padding=4, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
     try:
         train = dataset(_existing(root, folder), train=True, transform=transforms.Compose(crop + normalize))
-        test = dataset(root, train=False, transform=transforms.Compose(normalize))
+        test = dataset(root, train=validation, transform=transforms.Compose(normalize))
     except RuntimeError as error:
         raise SystemExit(
             _layout(root, folder, "the extracted archive of its website, complete and unchanged")
         ) from error
-    return _loaded(Subset(train, range(len(train) * 9 // 10)), test, 128, quick)
+    split = len(train) * 9 // 10
+    test = Subset(test, range(split, len(test))) if validation else test
+    return _loaded(Subset(train, range(split)), test, 128, quick)
 
 
-def imagenet(root: Path | None = None, quick: bool = False) -> Data:
-    """Return an ImageNet folder: train/<class>/*.JPEG and val/<class>/*.JPEG, with the usual 224 pixel crops."""
+def imagenet(root: Path | None = None, quick: bool = False, validation: bool = False) -> Data:
+    """Return an ImageNet folder: train/<class>/*.JPEG and val/<class>/*.JPEG, with the usual 224 pixel crops.
+
+    Its test images are what is usually validated on, so `validation` changes nothing.
+    """
     normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     crop = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     parts = []

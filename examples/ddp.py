@@ -31,6 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpus else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
 

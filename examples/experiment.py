@@ -44,7 +44,7 @@ def grid(experiment: str, options: argparse.Namespace) -> list[Run]:
         once = {"dense": 1.0, "nm": 0.5}  # methods that have one density
         return list(dict.fromkeys(replace(r, density=once.get(r.method, r.density)) for r in runs))
     variants: dict[str, list[dict[str, Any]]] = {
-        "distributions": [{"distribution": "uniform"}, {}, {"flops": True}],
+        "distributions": [{"distribution": "uniform"}, {"distribution": "constant"}, {}, {"flops": True}],
         "redistribution": [
             {"method": m, "distribution": d} for d in ("uniform", "erk") for m in ("rigl", "rigl-sg", "rigl-sm")
         ],
@@ -77,25 +77,25 @@ def _one_thread() -> None:
 
 
 def search(options: argparse.Namespace) -> Results:
-    """Search drop fraction and interval of RigL with Optuna, as the reproduction did; the study's file resumes it."""
+    """Search drop fraction and interval of RigL with Optuna, on validation data, as the reproduction did.
+
+    The study's file resumes it.
+    """
     import optuna
 
-    task = TASKS[options.task]
+    task, base = TASKS[options.task], Run(options.task, density=options.densities[0], validation=True)
     options.results.mkdir(parents=True, exist_ok=True)
     better = "maximize" if task.metric == "accuracy" else "minimize"
     storage = f"sqlite:///{options.results / 'search.db'}"
-    sampler = optuna.samplers.TPESampler(seed=0)
-    study = optuna.create_study(
-        storage=storage, study_name=options.task, direction=better, load_if_exists=True, sampler=sampler
-    )
+    study = optuna.create_study(storage=storage, study_name=options.task, direction=better, load_if_exists=True)
+    study.sampler = optuna.samplers.TPESampler(
+        seed=len(study.trials)
+    )  # goes on, rather than over the same trials again
 
     def objective(trial: Any) -> float:
         interval = trial.suggest_int("interval", max(1, task.interval // 2), 10 * task.interval, log=True)
         alpha = round(trial.suggest_float("drop_fraction", 0.1, 0.6, step=0.1), 1)
-        runs = [
-            Run(options.task, density=options.densities[0], seed=seed, interval=interval, drop_fraction=alpha)
-            for seed in range(options.seeds)
-        ]
+        runs = [replace(base, seed=seed, interval=interval, drop_fraction=alpha) for seed in range(options.seeds)]
         return statistics.mean(result[task.metric] for result in run_all(runs, options))
 
     ended = sum(trial.state.is_finished() for trial in study.trials)

@@ -34,6 +34,7 @@ def runs_of(task: str, densities: list[float], seeds: int) -> list[Run]:
     changes: list[dict[str, Any]] = [{"method": method} for method in METHODS]
     changes += [{"method": method} for method in ("small-dense", "lottery", "re-init")]
     changes += [{"distribution": "uniform", "method": m} for m in ("rigl", "rigl-sg", "rigl-sm")]
+    changes += [{"distribution": "constant"}]
     changes += [{"flops": True}, {"longer": 2.0}, {"longer": 3.0}]
     runs = [replace(run, **change) for change in changes for run in base]
     runs += [Run(task, "dense", 1.0, seed=seed) for seed in range(seeds)]
@@ -61,7 +62,8 @@ CLAIMS = (
     Claim("RigL beats SNIP", {}, {"method": "snip"}),
     Claim("Pruning beats RigL trained as long", {"method": "gmp-global"}, {}),
     Claim("RigL trained 3 times as long is not worse than pruning", {"longer": 3.0}, {"method": "gmp-global"}, True),
-    Claim("ERK beats uniform at equal parameters", {}, {"distribution": "uniform"}),
+    Claim("ERK beats uniform, which keeps the first layer besides", {}, {"distribution": "uniform"}),
+    Claim("ERK beats the same density in every layer", {}, {"distribution": "constant"}),
     Claim("Uniform beats ERK at equal FLOPs", {"distribution": "uniform"}, {"flops": True}),
     Claim(
         "Redistribution helps the uniform distribution",

@@ -21,7 +21,7 @@ class Task:
 
     name: str
     model: Callable[[], nn.Module]
-    data: Callable[[Path | None, bool], data.Data]
+    data: Callable[[Path | None, bool, bool], data.Data]  # (root, quick, validation)
     inputs: Any  # of flop_report
     epochs: int
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]

@@ -44,11 +44,12 @@ class Run:
     task: str
     method: str = "rigl"  # a key of METHODS, "dense", "small-dense", "lottery" or "re-init"
     density: float = 0.1
-    distribution: str = "erk"
+    distribution: str = "erk"  # or "constant": the same density in every layer, the first included
     seed: int = 0
     longer: float = 1.0  # training length: "RigL 2x" is 2
     interval: int | None = None  # None: the task's
     drop_fraction: float = 0.3
+    validation: bool = False  # whether the score is that of held-out training data, for choosing hyper-parameters
     flops: bool = False  # density stands for the uniform distribution's, and this one's is set to the same FLOPs
 
     @property
@@ -91,13 +92,13 @@ def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False,
     Returns:
         The result, as written to `<folder>/<run.name>.json`.
     """
-    path = folder / f"{run.name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    task = TASKS[run.task]
-    content = task.data(root, quick)
+    path, task = folder / f"{run.name}.json", TASKS[run.task]
     epochs = 1 if quick else max(1, round(task.epochs * run.longer))
+    made_from = {"data": str(root or "built in"), "quick": quick, "epochs": epochs}
+    if path.exists():
+        return _read(path, made_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = task.data(root, quick, run.validation)
     total = epochs * content.steps
     torch.manual_seed(run.seed)
     dense = task.model()
@@ -124,13 +125,30 @@ def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False,
             save_checkpoint(checkpoint, **parts, epoch=epoch + 1, seconds=spent)
             saved_at = time.monotonic()
     bar.close()
-    result = {"run": asdict(run), "cpu_seconds": round(seconds + time.process_time() - started, 1), "steps": total}
+    result = {
+        "run": asdict(run),
+        **made_from,
+        "cpu_seconds": round(seconds + time.process_time() - started, 1),
+        "steps": total,
+    }
     result |= {task.metric: evaluate(task, model, content)} | _costs(run, task, model, dense)
     if updater is not None:
         torch.save({name: mask.cpu() for name, mask in updater.masks.items()}, folder / f"{run.name}.masks.pt")
     with replacing(path) as partial:
         partial.write_text(json.dumps(result, indent=1))
     checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _read(path: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Read a result, unless it is of other data or of another length."""
+    result = json.loads(path.read_text())
+    for key, value in made_from.items():
+        if result.get(key) != value:
+            raise SystemExit(
+                f"{path} was made with {key}={result.get(key)!r}, asked for is {value!r}. Name another folder with --results, "
+                f"or delete the file."
+            )
     return result
 
 
@@ -154,11 +172,14 @@ def _build(
     interval = min(interval, max(1, total // 10)) if quick else interval
     method = METHODS[run.method](interval, run.drop_fraction, task)
     budget: dict[str, Any] = {} if method.layout.fixed else {"density": run.density}
+    if run.distribution == "constant":
+        budget = {"density": {"*": run.density}}
     if run.flops:
         uniform = flop_report(sparsify(dense, run.density, "uniform"), task.inputs)
         budget = {"flops": uniform.inference_ratio, "inputs": task.inputs}
     init = "keep" if method.prunes else "fan_in"
-    return sparsify(dense, distribution=run.distribution, method=method, seed=run.seed, init=init, **budget)
+    distribution = "erk" if run.distribution == "constant" else run.distribution
+    return sparsify(dense, distribution=distribution, method=method, seed=run.seed, init=init, **budget)
 
 
 def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -186,16 +207,15 @@ def _costs(run: Run, task: Task, model: nn.Module, dense: nn.Module) -> dict[str
     """Return what the run cost relative to dense training of ordinary length, and the densities over time."""
     report, full = flop_report(model, task.inputs), flop_report(dense, task.inputs)
     inference, training, history = report.sparse_macs / full.dense_macs, report.sparse_macs / full.dense_macs, []
-    density = report.density
-    if run.method == "small-dense":
-        density = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters())
+    weights = [[layer for layer in r.layers if layer.weight_shape] for r in (report, full)]
+    kept = sum(layer.nonzeros for layer in weights[0]) / sum(layer.params for layer in weights[1])
     if (updater := model._modules.get("updater")) is not None:
         training = cost_ledger(model, task.inputs).training_ratio
         sizes = {name: mask.numel() for name, mask in updater.masks.items()}
         history = [[h.step, {n: round(c / sizes[n], 5) for n, c in h.nonzeros.items()}] for h in updater.history]
         history = [entry for i, entry in enumerate(history) if not i or entry[1] != history[i - 1][1]]
     return {
-        "kept": density,
+        "kept": kept,  # of all weights that multiply, those of dense layers included
         "inference_ratio": inference,
         "training_ratio": training * run.longer,
         "densities": history,

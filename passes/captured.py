@@ -12,7 +12,8 @@ from torch.package.importer import sys_importer
 
 from passes.capture import Capture
 
-_UNPICKLED = ("_graphs", "_forwards")
+_OWN = ("_compiled_call_impl",)  # what Module.compile() made calls this module, and no copy of it
+_UNPICKLED = ("_graphs", "_forwards", *_OWN)
 
 
 class Captured(fx.GraphModule):
@@ -49,7 +50,7 @@ class Captured(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Captured":
         result = nn.Module.__new__(type(self))
         memo[id(self)] = result
-        vars(result).update(copy.deepcopy(vars(self), memo))
+        vars(result).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in _OWN}, memo))
         for mode, graph in result._graphs.items():
             if graph is not self._graphs[mode]:  # `memo` may say that the graphs are shared
                 graph.owning_module = result

@@ -110,7 +110,8 @@ class Mask(nn.Module):
         self._nonzeros, self._counted = count, self._written()
 
     def _written(self) -> tuple[int, int]:
-        return id(self.mask), self.mask._version  # moves with every write in place
+        # Every write in place moves the version; tensors of inference mode have none.
+        return id(self.mask), 0 if self.mask.is_inference() else self.mask._version
 
     @property
     def density(self) -> float:

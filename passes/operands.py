@@ -148,6 +148,8 @@ def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]
         yield from ((operand, "einsum", None) for operand in node.all_input_nodes)
         return
     op, positions, out_dim = CONSUMERS.get(node.target) or _python_function(node)
+    if op == "conv_transpose" and (node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)) != 1:
+        out_dim = None  # groups of outputs share its second dimension
     for name, position in positions.items():
         operand = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         if isinstance(operand, fx.Node):

@@ -119,6 +119,7 @@ def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         return
     for cls, op, patterns in _LEAF_WEIGHTS:
         if isinstance(module, cls):
+            op = f"grouped {op}" if op == "conv_transpose" and getattr(module, "groups", 1) > 1 else op
             for name, weight in module.named_parameters():
                 if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                     yield name, weight, op
@@ -138,8 +139,9 @@ def _region_uses(module: nn.Module, path: str, graph: fx.Graph) -> Iterator[tupl
         yield read.weight, Use(path, read.node.name, read.op, read.out_dim), problem
 
 
-def _out_dim(op: str) -> int:
-    return 1 if op == "conv_transpose" else 0
+def _out_dim(op: str) -> int | None:
+    """The dimension of a weight that indexes outputs; where transposed convolutions have groups, none does alone."""
+    return {"conv_transpose": 1, "grouped conv_transpose": None}.get(op, 0)
 
 
 def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Parameter, Use, str]]:

@@ -6,6 +6,7 @@ faithfully stays a call, of a module or of a function.
 
 import inspect
 import itertools
+import sys
 import traceback
 from collections.abc import Callable, Container, Iterable
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils import checkpoint
 from passes.effects import Snapshot
 from passes.operands import is_view
 
-_RECOMPUTING = (checkpoint.checkpoint, checkpoint.checkpoint_sequential)
+_RECOMPUTING = inspect.unwrap(checkpoint.checkpoint).__code__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -69,8 +70,7 @@ class Tracer(fx.Tracer):
     def __init__(
         self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = (), blocks: Container[nn.Module] = ()
     ) -> None:
-        super().__init__(autowrap_functions=(*called, *_RECOMPUTING))
-        self._autowrap_search.append(checkpoint)  # for those who call it as an attribute of its module
+        super().__init__(autowrap_functions=tuple(called))
         self.rng, self.blocks = rng, blocks
         self.refused: set[Callable[..., Any]] = set()
 
@@ -96,10 +96,14 @@ class Tracer(fx.Tracer):
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        if target in _RECOMPUTING:
-            raise NotImplementedError("it recomputes activations (torch.utils.checkpoint), and a graph would keep them")
-        return super().create_proxy(kind, target, *args, **kwargs)
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        frame = sys._getframe()  # whoever calls it, and by whatever name
+        while frame := frame.f_back:
+            if frame.f_code is _RECOMPUTING:
+                raise NotImplementedError(
+                    "it recomputes activations (torch.utils.checkpoint), and a graph would keep them"
+                )
+        return super().create_node(*args, **kwargs)
 
     def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a user's module without parameters is given one: it may be a product made a module."""

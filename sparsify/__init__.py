@@ -9,6 +9,7 @@ from sparsify.ledger import CostLedger, cost_ledger
 from sparsify.method import Method, Updates
 from sparsify.methods import SET, SNFS, RigL, Static
 from sparsify.pruning import GMP, SNIP
+from sparsify.ranks import ignore_in_ddp
 from sparsify.report import FlopReport
 from sparsify.small_dense import small_dense
 from sparsify.sparse_files import load_sparse, read_sparse, save_sparse
@@ -35,6 +36,7 @@ __all__ = [
     "fold",
     "graph_table",
     "graphs",
+    "ignore_in_ddp",
     "load_checkpoint",
     "load_sparse",
     "read_sparse",

@@ -97,7 +97,7 @@ def sparsify(
     adapt_weights = resolve(init, INITS, "init")
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
-    paths = matching_paths(as_patterns(blocks, "blocks"), [path for path, _ in model.named_modules() if path])
+    paths = matching_paths(as_patterns(blocks, "blocks"), model)
     included = matching(include, names, "include")
     excluded = {
         name: f"excluded by {pattern!r}" for pattern in exclude for name in matching([pattern], names, "exclude")

@@ -1,5 +1,6 @@
 """Attachment: one optimizer, the masked weights it trains, and what its hooks do at every step."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,17 +33,23 @@ class Attachment:
     ) -> None:
         self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
         self.rehearses = False
-        own = set(opt.parameters(optimizer))
-        weights = {name: (model.get_parameter(name), mask) for name, mask in masks_of(model).items()}
-        self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
-        # Those that an ordinary step may move off 0.
-        self.corrected = [b for b in self.bound if not opt.keeps_zeros(optimizer) or b.name in exposed]
+        self.exposed = exposed
+        self._bind()
         # Python decides what a step does, in compiled steps too.
         self._handles = (
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            optimizer.register_step_pre_hook(_not_compiled(self._before_step)),
+            optimizer.register_step_post_hook(_not_compiled(self._after_step)),
         )
         _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
+
+    def _bind(self) -> None:
+        """Find the masked weights among the optimizer's parameters."""
+        self.groups = [len(group["params"]) for group in self.optimizer.param_groups]
+        own = set(opt.parameters(self.optimizer))
+        weights = {name: (self.model.get_parameter(name), mask) for name, mask in masks_of(self.model).items()}
+        self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
+        # Those that an ordinary step may move off 0.
+        self.corrected = [b for b in self.bound if not opt.keeps_zeros(self.optimizer) or b.name in self.exposed]
 
     @torch.no_grad()
     def mask_everything(self) -> None:
@@ -74,10 +81,12 @@ class Attachment:
         return updates is not None and updates.dense_at(step, self.updater.total_steps)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self.rehearses = opt.is_rehearsal(optimizer)
+        self.rehearses = opt.is_rehearsal(optimizer, args, kwargs)
         if self.rehearses:
             return None
-        self.updater.compare_ranks()
+        if self.groups != [len(group["params"]) for group in optimizer.param_groups]:  # add_param_group
+            self._bind()
+        self.updater.compare_once()
         updates, step = self.updater.method.updates, self.step + 1
         if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
             return None
@@ -149,6 +158,10 @@ class Attachment:
         return LayerState(b.name, b.weight, mask.mask, *counts, *where, step, self.updater.seed)
 
 
+def _not_compiled(hook: Callable[..., Any]) -> Any:
+    return torch.compiler.disable(hook)
+
+
 def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
     """Raise unless the optimizers can drive the updates of this model for so many steps."""
     if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
@@ -167,6 +180,13 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
             f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}. Lower its interval "
             f"or train longer; method='static' never updates."
         )
+    for name, mask in masks_of(model).items():
+        target = model.get_submodule("updater").goals[name].target  # pyright: ignore
+        if not method.counts_vary() and mask.nonzeros != target:
+            raise ValueError(
+                f"The mask of {name} keeps {mask.nonzeros} weights and should keep {target}: it was written to, or never "
+                f"filled (to_empty). Load a state_dict first, or sparsify again with masks=."
+            )
     own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
     weights = {name: model.get_parameter(name) for name in masks_of(model)}
     if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
+from passes.shards import is_sharded
 from sparsify.files import replacing
 
-_RNG = "rng"
+_RNG, _LOADED = "rng", "loaded"
+_OWN = {_RNG, _LOADED}
 
 
 def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
@@ -16,14 +19,16 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
 
     The model's `state_dict` holds masks, step, schedule and history, so training that goes on from the file does bit for
     bit what it would have done. A process that is killed at any moment leaves the file before or the file after. Under DDP
-    one rank saves; under FSDP use torch.distributed.checkpoint.
+    one rank saves and all load; the generators' state is that of the rank that saved, and goes to no other. Under FSDP use
+    torch.distributed.checkpoint.
 
     Args:
         path: of the file; its folder exists.
-        **parts: model, optimizer, scheduler, scaler, ... with `state_dict()`; numbers, text and tensors as they are.
+        **parts: model, optimizer, scheduler, scaler, ... with `state_dict()`; numbers, text, tensors, and lists or dicts of
+            them as they are.
 
     Raises:
-        ValueError: a part is named "rng", which is taken.
+        ValueError: a part holds something else, is sharded over ranks, or has a name that the file needs; nothing is written.
         OSError: the file cannot be written; one that was there is left as it was.
 
     Example:
@@ -37,14 +42,16 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
         >>> load_checkpoint(path, model=model)
         {'epoch': 3}
     """
-    if _RNG in parts:
-        raise ValueError(f"{_RNG!r} is the name of the generators' state in a checkpoint; give the part another name.")
+    if taken := parts.keys() & _OWN:
+        raise ValueError(f"{min(taken)!r} is a name that a checkpoint needs for itself; give the part another name.")
     state = {name: part.state_dict() if _has_state(part) else part for name, part in parts.items()}
-    generators = {"cpu": torch.get_rng_state()}
+    for name, value in state.items():
+        _check_plain(name, value)
+    generators = {"cpu": torch.get_rng_state(), "rank": _rank()}
     if torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state()
     with replacing(path) as partial:
-        torch.save({**state, _RNG: generators}, partial)
+        torch.save({**state, _RNG: generators, _LOADED: [k for k, part in parts.items() if _has_state(part)]}, partial)
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", **parts: Any) -> dict[str, Any] | None:
@@ -64,20 +71,42 @@ def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
     if not Path(path).exists():
         return None
     state = torch.load(path, map_location=map_location, weights_only=True)
-    generators = state.pop(_RNG)
-    missing = [name for name in parts if name not in state]
-    left = [name for name, value in state.items() if isinstance(value, dict) and name not in parts]
-    if missing or left:
+    generators, loaded = state.pop(_RNG), state.pop(_LOADED)
+    if set(loaded) != set(parts):
         raise ValueError(
             f"{path} holds {', '.join(state)}; asked for was {', '.join(parts)}. Name the same parts as in save_checkpoint()."
         )
     for name, part in parts.items():
         part.load_state_dict(state.pop(name))
-    torch.set_rng_state(generators["cpu"].cpu())
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"].cpu())
+    if generators["rank"] == _rank():
+        torch.set_rng_state(generators["cpu"].cpu())
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["cuda"].cpu())
     return state
 
 
 def _has_state(part: Any) -> bool:
     return callable(getattr(part, "state_dict", None))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Raise unless a value can be read without running code from the file."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple, set)):
+        for i, item in enumerate(value):
+            _check_plain(f"{name}[{i}]", item)
+    elif is_sharded(value):
+        raise ValueError(f"{name} is sharded over ranks. Save it with torch.distributed.checkpoint.")
+    elif (
+        not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, type(None)))
+        or type(value).__module__ == "numpy"
+    ):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers and text. Convert it first."
+        )

@@ -27,11 +27,12 @@ def check_model(model: Any) -> None:
     """Raise unless `model` is a dense module that can be made sparse."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify() takes a torch.nn.Module, not {type(model).__name__}.")
-    for kind, (wrapper, how) in _WRAPPERS.items():
-        if any(cls.__name__ == kind for cls in type(model).__mro__):
+    for path, module in model.named_modules():
+        for kind in {cls.__name__ for cls in type(module).__mro__} & _WRAPPERS.keys():
+            wrapper, how = _WRAPPERS[kind]
             raise ValueError(
-                f"The model is wrapped by {wrapper} already. Sparsify the plain model first, then wrap it: "
-                f"model = sparsify(model, ...); {how}; then make the optimizer and call updater.attach()."
+                f"{repr(path) if path else 'The model'} is wrapped by {wrapper} already. Sparsify the plain model first, then "
+                f"wrap it: model = sparsify(model, ...); {how}; then make the optimizer and call updater.attach()."
             )
     if masks_of(model):
         raise ValueError("The model is sparse already. Sparsify the dense model again, or fold() this one first.")
@@ -89,9 +90,9 @@ def as_patterns(patterns: Any, what: str) -> tuple[str, ...]:
     return patterns
 
 
-def matching_paths(patterns: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """List the module paths that any of the patterns matches, part by part; each pattern must match one."""
-    found = []
+def matching_paths(patterns: Iterable[str], model: nn.Module) -> list[str]:
+    """List the paths of modules that any of the patterns matches, part by part; each pattern must match one that is called."""
+    found, paths = [], [path for path, _ in model.named_modules() if path]
     for pattern in patterns:
         parts = pattern.split(".")
         split = {path: path.split(".") for path in paths}
@@ -102,6 +103,11 @@ def matching_paths(patterns: Iterable[str], paths: Sequence[str]) -> list[str]:
             near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
             hint = f"the nearest is {near[0]!r}" if near else f"modules are {', '.join(paths[:5])}, ..."
             raise ValueError(f"blocks: pattern {pattern!r} matches no module; {hint}.")
+        for path in matches:
+            if isinstance(module := model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
+                raise ValueError(
+                    f"blocks: {path!r} is a {type(module).__name__}, which is never called; name {path + '.*'!r}."
+                )
         found += matches
     return found
 

@@ -160,7 +160,9 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
                 dense * kept // weight.numel(),
                 status,
                 reason.removeprefix("unsupported: "),
-                _dead_outputs(mask, dim=1 if hidden.get(weight) == "conv_transpose" else 0),
+                _dead_outputs(
+                    mask, {"conv_transpose": 1, "grouped conv_transpose": None}.get(hidden.get(weight, ""), 0)
+                ),
             )
         )
     return rows
@@ -176,8 +178,8 @@ def _why_unknown(model: nn.Module, name: str) -> str:
     return "a product reads it that no graph shows as a weight's, or its layer was added after sparsify"
 
 
-def _dead_outputs(mask: Mask | None, dim: int) -> int:
-    if mask is None or mask.mask.is_meta:
+def _dead_outputs(mask: Mask | None, dim: int | None) -> int:
+    if mask is None or mask.mask.is_meta or dim is None:
         return 0
     rows = mask.mask.movedim(dim, 0).flatten(1).cpu().numpy()  # numpy's `any` stops at the first True
     return rows.shape[0] - int(rows.any(axis=1).sum())

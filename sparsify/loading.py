@@ -8,6 +8,7 @@ from torch import nn
 
 from passes.mask import Mask, masks_of, zero_dropped_
 from sparsify.history import State
+from sparsify.layouts import ELEMENTS
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -16,6 +17,12 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
     state = state_dict.get(f"{prefix}updater._extra_state")
     counts = _check_training(model, State.decode(state)) if state is not None else {}
+    layout = getattr(getattr(model._modules.get("updater"), "method", None), "layout", ELEMENTS)
+    if state is None and layout is not ELEMENTS and any(f"{prefix}{name}_mask.mask" in state_dict for name in masks):
+        raise ValueError(
+            f"These masks come without the state of training, and the model's method keeps masks of {layout.name}, which they "
+            f"may not be. Load them into a model with method='static' or 'rigl'."
+        )
     for name, mask in masks.items():
         saved = state_dict.get(f"{prefix}{name}_mask.mask")
         if saved is None:

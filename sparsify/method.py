@@ -79,6 +79,12 @@ class Method:
     prunes: bool = False  # starts dense; `updates.amount` is the share of the final sparsity that is reached
     total_only: bool = False  # whether layers share one budget, so that the distribution decides the total only
 
+    def schedule(self, total_steps: int) -> tuple[float, ...]:
+        """Return numbers that two records share if they update at the same steps by the same amounts."""
+        steps = self.updates.steps(total_steps) if self.updates and total_steps else range(0)
+        amounts = [round(self.updates.amount(t, total_steps), 9) for t in (*steps[:1], *steps[-1:]) if self.updates]
+        return (steps.start, steps.stop, steps.step, *amounts)
+
     def counts_vary(self) -> bool:
         """Tell whether an update may change how many weights a layer keeps."""
         return self.updates is not None and (self.updates.counts_vary or not self.layout.exact)

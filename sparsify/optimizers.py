@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.shards import local
+from passes.shards import whole
 
 # With a gradient of zero and a state of zero these leave a weight of zero at zero.
 _KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS".split())
@@ -40,16 +40,19 @@ def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
     return weight.grad if weight.grad is None or scale is None else weight.grad / scale
 
 
-def is_rehearsal(optimizer: Optimizer) -> bool:
-    """Tell whether a step is none of training: rates and gradients are all 0.
+def is_rehearsal(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a step is none of training: rates and gradients are all 0, and no closure will make others.
 
-    torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps.
+    torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps. Rates are the same on all ranks, so
+    those that shard gradients ask together.
     """
+    if _closure(args, kwargs) is not None:
+        return False
     rates = [group.get("lr") for group in optimizer.param_groups]
     if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
         return False
-    gradients = [local(p.grad) for p in parameters(optimizer) if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+    gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
+    return bool(gradients) and not any(bool(whole(gradient).any()) for gradient in gradients)
 
 
 def skip_step(optimizer: Optimizer) -> None:
@@ -71,7 +74,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     Returns:
         What the step pre-hook has to return: None, or the arguments with the closure wrapped.
     """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    closure = _closure(args, kwargs)
     if closure is None:
         action()
         return None
@@ -84,3 +87,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if len(args) > 1:  # args[0] is the optimizer itself
         return (args[0], closure_then_action, *args[2:]), kwargs
     return args, {**kwargs, "closure": closure_then_action}
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    return args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself

@@ -1,5 +1,6 @@
 """Ranks: the processes of distributed training hold the same masks, and are compared instead of being told every step."""
 
+import contextlib
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from passes.mask import Mask, masks_of
+from passes.shards import is_sharded
 
 if TYPE_CHECKING:
     from sparsify.updater import Updater
@@ -18,8 +20,25 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel 
 
 
 def ignore_in_ddp(model: nn.Module, ignore: bool = True) -> None:
-    """Tell DistributedDataParallel to leave masks and the updater's buffers out of its broadcast before every forward."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, Mask) or path == "updater"]
+    """Tell DistributedDataParallel to leave masks and updaters' buffers out of its broadcast before every forward.
+
+    `sparsify` does so for the model that it returns. Where that model is part of another module, which DDP is to wrap, call
+    this for the other one; otherwise masks are right and sent in vain.
+
+    Args:
+        model: the module that DDP will wrap.
+        ignore: False takes it back.
+
+    Example:
+        >>> from sparsify import sparsify
+        >>> outer = nn.Sequential(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
+        >>> ignore_in_ddp(outer)
+        >>> outer._ddp_params_and_buffers_to_ignore
+        ['0.0.weight_mask.mask', '0.updater.skipped']
+    """
+    from sparsify.updater import Updater
+
+    paths = [path for path, module in model.named_modules() if isinstance(module, (Mask, Updater))]
     own = [f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_buffers()]
     others = [name for name in vars(model).pop(_IGNORED, ()) if name not in own]
     if names := [*others, *own] if ignore else others:
@@ -44,7 +63,8 @@ def check_same(updater: "Updater", model: nn.Module, group: Any) -> None:
     """
     own = _facts(updater, model)
     others: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(others, own, group)
+    with _on_device_of(model):
+        dist.all_gather_object(others, own, group)
     for rank, facts in enumerate(others):
         for name in dict.fromkeys([*others[0], *facts]):
             if facts.get(name) != others[0].get(name):
@@ -57,25 +77,36 @@ def check_same(updater: "Updater", model: nn.Module, group: Any) -> None:
 
 def _facts(updater: "Updater", model: nn.Module) -> dict[str, Any]:
     facts = {"the method": updater.method.name, "total_steps": updater.total_steps, "the step": updater.step}
-    facts |= {"the seed": updater.seed}
+    facts |= {"the seed": updater.seed, "the schedule": updater.method.schedule(updater.total_steps)}
     for name, mask in masks_of(model).items():
         bits = mask.mask.detach().contiguous().view(torch.uint8).cpu().numpy()
         facts[f"the mask of {name}"] = (mask.nonzeros, zlib.crc32(bits.data))
     return facts
 
 
+@torch.no_grad()
 def take_over(updater: "Updater", model: nn.Module, optimizers: list[Optimizer], group: Any) -> None:
-    """Give every rank the masks and the state of updater and optimizers of the rank that has taken most steps."""
+    """Give every rank what the rank that has taken most steps holds: weights, masks, state of updater and optimizers."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "synchronize() is for whole models on every rank; shards of one model cannot go different ways."
+        )
     steps: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(steps, updater.step, group)
-    source = steps.index(max(steps))
-    source = dist.get_global_rank(group, source) if group is not None else source
     state: list[Any] = [updater.get_extra_state(), *(optimizer.state_dict() for optimizer in optimizers)]
-    device = next(iter(masks_of(model).values())).mask.device
-    dist.broadcast_object_list(state, source, group, device if device.type != "cpu" else None)
-    for buffer in [*(mask.mask for mask in masks_of(model).values()), *updater.buffers()]:
-        dist.broadcast(buffer, source, group)
+    with _on_device_of(model):
+        dist.all_gather_object(steps, updater.step, group)
+        source = steps.index(max(steps))
+        source = dist.get_global_rank(group, source) if group is not None else source
+        dist.broadcast_object_list(state, source, group)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor, source, group)
     if dist.get_rank() != source:
         updater.set_extra_state(state[0])
         for optimizer, loaded in zip(optimizers, state[1:], strict=True):
             optimizer.load_state_dict(loaded)
+
+
+def _on_device_of(model: nn.Module) -> Any:
+    """NCCL sends objects from the current GPU, which need not be the model's."""
+    device = next(iter(masks_of(model).values())).mask.device
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

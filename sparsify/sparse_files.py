@@ -53,8 +53,10 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     serialize = _safetensors().torch.save_file
     masks = {name: mask.mask for name, mask in masks_of(model).items()}
-    if not masks:
-        raise ValueError("save_sparse() takes a model that sparsify() returned; this one has no masks.")
+    if not masks or "updater" not in model._modules:
+        inside = [path for path, module in model.named_modules() if "updater" in module._modules]
+        hint = f"it is inside, at {inside[0]!r}" if inside else "this one has no masks"
+        raise ValueError(f"save_sparse() takes the model that sparsify() returned; {hint}.")
     content: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     names: dict[int, str] = {}  # of tensors that several names share

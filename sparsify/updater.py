@@ -189,6 +189,8 @@ class Updater(nn.Module):
         check_attach(self._model[0], self.method, optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
             warnings.warn(self._longer(total_steps), stacklevel=2)
+        if self.skipped.is_meta:  # of a model whose tensors came from a load
+            self.skipped = torch.zeros_like(self.skipped, device=next(iter(self.masks.values())).device)
         steps = self._clocks()
         self._total_steps, self._process_group, self._compared = total_steps, process_group, False
         for i, optimizer in enumerate(optimizers):
@@ -216,14 +218,27 @@ class Updater(nn.Module):
             attachment.remove()
         self._attached = []
 
+    def compare_ranks(self) -> None:
+        """Raise if ranks hold different masks or schedules; every rank has to call it.
+
+        The first step after `attach` or a load does. Later on masks can only drift apart where gradients are not reduced, as in
+        a loop that calls the model past its DDP wrapper: call this at the end of an epoch to know.
+
+        Raises:
+            RuntimeError: naming the first difference, on every rank.
+        """
+        if ranks.is_distributed():
+            ranks.check_same(self, self._model[0], self._process_group)
+
     def synchronize(self) -> None:
-        """Take over masks, step and optimizer state of the rank that has taken most steps; every rank has to call it.
+        """Take over weights, masks, step and optimizer state of the rank that has taken most steps; every rank has to call it.
 
         For ranks with uneven inputs, after `with ddp.join():`, where the last rank goes on alone: DDP makes the parameters
         equal at its end, and neither the optimizers nor the masks.
 
         Raises:
             RuntimeError: torch.distributed is not initialized.
+            ValueError: the model is sharded.
         """
         if not ranks.is_distributed():
             raise RuntimeError(
@@ -264,10 +279,10 @@ class Updater(nn.Module):
 
     # What attachments call.
 
-    def compare_ranks(self) -> None:
-        """Raise if ranks hold different masks; once after `attach` or a load, when all of them take a step."""
-        if not self._compared and ranks.is_distributed():
-            ranks.check_same(self, self._model[0], self._process_group)
+    def compare_once(self) -> None:
+        """Compare ranks once after `attach` or a load, when all of them take a step."""
+        if not self._compared:
+            self.compare_ranks()
         self._compared = True
 
     def momentum(self, name: str) -> Tensor | None:
@@ -276,6 +291,7 @@ class Updater(nn.Module):
 
     def record(self, step: int) -> None:
         """Enter the counts after an update into the history."""
+        step = max([step, *(entry[0] for entry in self._history[-1:])])  # clocks of several optimizers may differ
         if self._history and self._history[-1][0] == step:
             self._history.pop()  # of another optimizer
         counts = self._counts()
@@ -322,7 +338,12 @@ class Updater(nn.Module):
         self.seed, self._steps = saved.seed, saved.clocks
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
-        self._total_steps = saved.total_steps or self._total_steps
+        if self._attached and saved.total_steps not in (0, self._total_steps):  # what `attach` was told counts
+            asked, self._total_steps = self._total_steps, saved.total_steps
+            warnings.warn(self._longer(asked), stacklevel=2)
+            self._total_steps = asked
+        else:
+            self._total_steps = saved.total_steps or self._total_steps
         self._history = saved.history
         self._skipped_before = saved.skipped
         self.skipped.zero_()
@@ -342,7 +363,10 @@ def _momentum_of(name: str) -> str:
 def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
     settle_after_load(model)
     if isinstance(updater := model._modules.get("updater"), Updater):
-        alone = any(key.endswith("updater._extra_state") for key in incompatible_keys.missing_keys)
+        missing = incompatible_keys.missing_keys
+        alone = any(k.endswith("updater._extra_state") for k in missing) and not any(
+            k.endswith("_mask.mask") for k in missing
+        )
         if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
             counts = updater.nonzeros
             updater.goals = {n: replace(g, target=counts.get(n, g.target)) for n, g in updater.goals.items()}

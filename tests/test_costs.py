@@ -96,12 +96,12 @@ def test_counts_of_the_anchors() -> None:
     assert flop_report(meta("vit_b_16"), (1, 3, 224, 224)).dense_macs == 17_563_828_224
 
 
-@pytest.mark.parametrize(("interval", "published"), [(1, 0.6091), (10, 0.4316), (100, 0.4157), (1000, 0.4140)])
+@pytest.mark.parametrize(("interval", "published"), [(1, 0.5115), (10, 0.4316), (100, 0.4157), (1000, 0.4140)])
 def test_rigl_ratios_at_intervals(interval: int, published: float) -> None:
     """(3 f_S dT + 2 f_S + f_D) / (dT + 1), and the sum over every step of a run."""
     f, method, total = 0.4138, RigL(interval=interval), 100_000
     assert method.training_ratio(f) == pytest.approx((3 * f * interval + 2 * f + 1) / (interval + 1) / 3)
-    assert method.training_ratio(f) == pytest.approx(published, abs=1e-4) if interval > 1 else True
+    assert method.training_ratio(f) == pytest.approx(published, abs=1e-4)
     updates = sum(t % interval == 0 and t < 0.75 * total for t in range(1, total + 1))
     steps = total - updates
     assert forecast(method, f, total) == pytest.approx((steps * 3 * f + updates * (2 * f + 1)) / (3 * total))
@@ -137,7 +137,8 @@ def test_published_training_ratios(method: Method, f: float, ratio: float) -> No
         assert forecast(method, f, 100_000) == pytest.approx(method.training_ratio(f), abs=4e-3)
 
 
-# arXiv 2103.15767 compares the distributions at the FLOPs that uniform has at these densities: the density of ERK there.
+# arXiv 2103.15767 compares the distributions at the FLOPs that uniform has at these densities: the density of ERK there. Its
+# figure gives no digits; these are pinned, and the test holds their FLOPs against uniform's.
 FIXED_FLOPS = {
     ("wrn", 0.1): 0.0584,
     ("wrn", 0.2): 0.1168,
@@ -322,3 +323,33 @@ def test_views_and_plots(tmp_path: object) -> None:
         draw_graph(model, path, (1, 3, 8, 8)) if name == "graph.svg" else flop_report(model, (1, 3, 8, 8)).plot(path)
         text = "".join(ET.parse(path).getroot().itertext())
         assert ("masked_conv1" if name == "graph.svg" else "conv1") in text or name == "layers.svg"
+
+
+@pytest.mark.parametrize("method", [GMP(2, scope="global"), SNIP()], ids=lambda m: m.name)
+def test_what_global_pruning_left_is_reported_as_it_is(method: Method) -> None:
+    """Before, the distribution stands for what layers will keep; afterwards the masks do."""
+    model = sparsify(SmallNet(), 0.3, method=method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.updater.attach(optimizer, total_steps=20)
+    forecast_before = flop_report(model, (1, 3, 8, 8)).exact_training_ratio
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    report, ledger = flop_report(model, (1, 3, 8, 8)), cost_ledger(model, (1, 3, 8, 8))
+    assert report.final_ratio == report.inference_ratio
+    assert report.training_ratio == pytest.approx(method.training_ratio(report.inference_ratio))
+    assert ledger.published == report.training_ratio
+    assert ledger.forecast == pytest.approx(forecast_before)
+
+
+def test_replaced_layers_cost_what_dense_ones_cost() -> None:
+    model = sparsify(SmallNet(), 0.3, method=RigL(3))
+    model.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"conv2.weight was masked"):
+        model.updater.attach(optimizer, total_steps=20)
+    optimizer.step()
+    assert cost_ledger(model, (1, 3, 8, 8)).rows[-1].inference_ratio == pytest.approx(
+        flop_report(model, (1, 3, 8, 8)).inference_ratio
+    )

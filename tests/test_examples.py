@@ -24,7 +24,7 @@ from passes import find_sites, trace
 
 COMMANDS = {
     "methods": (["--methods", "dense", "small-dense", "rigl", "nm", "lottery"], 10),
-    "distributions": ([], 6),
+    "distributions": ([], 8),
     "redistribution": ([], 12),
     "longer": ([], 8),
     "masks": ([], 10),
@@ -66,8 +66,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     run = Run("digits", method, longer=0.2)
     expected = train(run, tmp_path / "whole", show=False)
 
-    def breaking(root: Path | None, quick: bool) -> data.Data:
-        whole = data.digits(root, quick)
+    def breaking(root: Path | None, quick: bool, validation: bool) -> data.Data:
+        whole = data.digits(root, quick, validation)
 
         def batches(seed: int, epoch: int) -> data.Batches:
             for i, batch in enumerate(whole.train(seed, epoch)):
@@ -171,10 +171,51 @@ def test_characters() -> None:
     assert sum(len(batch) for batch, _ in content.test()) > 16
 
 
+def test_validation_data_is_neither_trained_nor_tested_on() -> None:
+    def rows(batches: data.Batches) -> set[bytes]:
+        return {row.numpy().tobytes() for x, _ in batches for row in x}
+
+    usual, held = data.digits(), data.digits(validation=True)
+    assert rows(held.test()) <= rows(usual.train(0, 0))
+    assert not rows(held.test()) & (rows(held.train(0, 0)) | rows(usual.test()))
+    text = data.characters(quick=True, batch=4, length=16)
+    validated = data.characters(quick=True, validation=True, batch=4, length=16)
+    assert not rows(text.test()) & rows(validated.test())
+
+
+def test_results_of_other_data_are_not_taken_over(tmp_path: Path) -> None:
+    run = Run("digits", "static")
+    train(run, tmp_path, quick=True, show=False)
+    with pytest.raises(SystemExit, match=r"was made with quick=True, asked for is False. Name another folder"):
+        train(run, tmp_path, quick=False, show=False)
+    (tmp_path / "book.txt").write_text("abc " * 5000)
+    run = Run("chars-small", "static")
+    train(run, tmp_path, tmp_path / "book.txt", quick=True, show=False)
+    with pytest.raises(SystemExit, match=r"data='.*book.txt', asked for is 'built in'"):
+        train(run, tmp_path, quick=True, show=False)
+
+
+def test_what_is_kept_counts_dense_layers() -> None:
+    task, run = tasks.TASKS["digits"], Run("digits", "static", 0.05, "uniform")
+    shares = []
+    for distribution in ("uniform", "constant"):
+        dense = task.model()
+        model = training._build(replace(run, distribution=distribution), task, dense, Path(), None, True, 100)
+        shares.append(training._costs(run, task, _attached(model), dense)["kept"])
+    sizes = [288, 18_432, 73_728, 720]
+    kept = [288, 922, 3687, 36]  # of 0.05, rounded up; the first layer dense
+    assert shares == pytest.approx([sum(kept) / sum(sizes), (15 + sum(kept[1:])) / sum(sizes)])
+
+
+def _attached(model: torch.nn.Module) -> torch.nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    model.updater.attach(optimizer, total_steps=1)
+    optimizer.step()
+    return model
+
+
 def test_the_language_model_learns(tmp_path: Path) -> None:
-    task = replace(
-        tasks.TASKS["chars-small"], data=lambda root, quick: data.characters(quick=True, batch=16, length=32)
-    )
+    task = replace(tasks.TASKS["chars-small"], data=lambda *_: data.characters(quick=True, batch=16, length=32))
     run = Run("chars-small", density=0.2, longer=5.0, interval=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tasks.TASKS, "chars-small", task)

@@ -7,6 +7,7 @@ import random
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -20,6 +21,7 @@ from torchvision.models import resnet18
 from sparsify import (
     GMP,
     RigL,
+    SRigL,
     flop_report,
     fold,
     load_checkpoint,
@@ -29,6 +31,7 @@ from sparsify import (
     save_sparse,
     sparsify,
 )
+from sparsify.files import replacing
 from sparsify.sparse_files import _digest
 
 
@@ -232,6 +235,10 @@ BAD_LOADS = {
         lambda: nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)).half(),
         "torch.float32 and .* torch.float16",
     ),
+    "another layout": (
+        lambda: sparsify(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)), 0.5, method=SRigL(), exclude=["1.*"]),
+        "keeps masks of fan-in",
+    ),
     "dense by rule": (
         lambda: sparsify(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)), 0.5, exclude=["0.*"]),
         "masks 0.weight, which the model keeps dense",
@@ -251,6 +258,9 @@ def test_files_that_do_not_fit_change_nothing(build: object, message: str, tmp_p
 def test_models_that_a_file_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no masks"):
         save_sparse(SmallNet(), tmp_path / "net")
+    for outer in (nn.Sequential(sparsify(SmallNet(), 0.5)), torch.compile(sparsify(SmallNet(), 0.5))):
+        with pytest.raises(ValueError, match=r"it is inside, at '(0|_orig_mod)'"):
+            save_sparse(outer, tmp_path / "net")
     with pytest.raises(ValueError, match="on the meta device"):
         save_sparse(sparsify(SmallNet().to("meta"), 0.5), tmp_path / "net")
 
@@ -303,11 +313,36 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"config": {"rate": [np.float64(0.1)]}}, r"config\['rate'\]\[0\] is a float64"),
+        ({"place": Path("x")}, "place is a PosixPath"),
+        ({"call": lambda: None}, "call is a function"),
+        ({"loaded": 3}, "'loaded' is a name that a checkpoint needs"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(parts: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(tmp_path / "run.pt", **parts)
+    assert not list(tmp_path.iterdir())
+    plain = {"config": {"rate": 0.1, "steps": (1, 2)}, "best": torch.ones(2), "note": None}
+    save_checkpoint(tmp_path / "run.pt", **plain)
+    loaded = load_checkpoint(tmp_path / "run.pt")
+    assert (loaded["config"], loaded["note"]) == (plain["config"], None)
+
+
 def test_a_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     save_checkpoint(path, epoch=1)
     digest = hashlib.sha256(path.read_bytes()).digest()
-    with pytest.raises((AttributeError, TypeError, RuntimeError)):
-        save_checkpoint(path, broken=(lambda: None))
+
+    def write() -> None:
+        with replacing(path) as partial:
+            partial.write_bytes(b"half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write()
     assert hashlib.sha256(path.read_bytes()).digest() == digest
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]

@@ -114,7 +114,7 @@ class TestEveryMethod:
                 assert torch.equal(value, twin.state_dict()[key]), key
             assert twin.updater.history == model.updater.history
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_other_precisions(self, method: Method, dtype: torch.dtype) -> None:
         model = make(method, dtype=dtype)
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -136,6 +136,24 @@ class TestEveryMethod:
             twin.updater.attach(other, total_steps=TOTAL)
             assert twin.updater.step == 4
             train(twin, [other], 5, lambda step, twin=twin: assert_sparse(twin))
+
+    @pytest.mark.parametrize("early", [0, 1])
+    def test_nan_in_an_ordinary_step_changes_no_mask(self, method: Method, early: int) -> None:
+        """Weights are NaN from then on, and an update meets them: it is counted and changes nothing."""
+        if method.updates is None or method.updates.steps(TOTAL)[0] <= early:
+            pytest.skip("no update, or none later than that")
+        model, optimizer = start(method)
+        update = method.updates.steps(TOTAL)[0]
+        train(model, [optimizer], update - early - 1)
+        before = copy.deepcopy(model.updater.masks)
+        for step in range(early + 1):
+            optimizer.zero_grad()
+            (F.cross_entropy(model(X), Y) * (1.0 if step else torch.nan)).backward()
+            optimizer.step()
+        assert all(torch.equal(m, before[n]) for n, m in model.updater.masks.items())
+        assert model.updater.nonzeros == {n: int(m.sum()) for n, m in before.items()}
+        with pytest.warns(UserWarning, match="NaN"):
+            assert model.updater.skipped_updates == 1
 
     def test_nan_changes_no_mask(self, method: Method) -> None:
         if method.updates is None or method.updates.dense_gradients != "updates":
@@ -212,7 +230,12 @@ class Wider(SmallNet):
         self.fc = nn.Linear(48, 10)
 
 
+def unpruned() -> nn.Module:
+    return sparsify(SmallNet(), 0.3, method=GMP(3))
+
+
 BAD_MASKS = {
+    "nothing pruned yet": (unpruned, {"method": "static"}, "nothing is pruned yet"),
     "shape": (
         lambda: sparsify(Wider(), 0.3),
         {},
@@ -238,6 +261,11 @@ def test_bad_masks(masks: object, options: dict, message: str) -> None:
 BAD_OPTIONS = {
     "end before begin": (lambda: GMP(begin_fraction=0.8, end_fraction=0.5), "must be below end_fraction"),
     "drop fraction": (lambda: SET(drop_fraction=1.0), r"must lie in \(0, 1\)"),
+    "groups of one": (lambda: NM(1, 1), "m=1 must be a whole number of at least 2"),
+    "flops of a global budget": (
+        lambda: sparsify(SmallNet(), flops=0.3, inputs=(1, 3, 8, 8), method=SNIP()),
+        "cannot be met by method 'snip'",
+    ),
     "n above m": (lambda: NM(5, 4), "n=5 is larger than m=4"),
     "fan-in above the layer's": (lambda: sparsify(SmallNet(), method=SRigL(fan_in=64)), "larger than the 27 inputs"),
     "no fan-in": (lambda: SRigL(fan_in=0), "whole number"),
@@ -320,3 +348,37 @@ def test_the_clock_of_several_optimizers() -> None:
     assert model.updater.nonzeros == {n: goal.target for n, goal in model.updater.goals.items()}
     steps = [entry.step for entry in model.updater.history]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("method", [SRigL(fan_in=1), NM(1, 2)], ids=["fan-in", "n:m"])
+def test_grouped_transposed_convolutions_have_no_rows(method: Method) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+            self.layer = nn.ConvTranspose2d(8, 8, 3, groups=2)
+            self.plain = nn.ConvTranspose2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.plain(self.layer(F.conv_transpose2d(x, self.weight, groups=2)))
+
+    model = sparsify(Functional(), method=method)
+    assert set(model.updater.masks) == {"plain.weight"}
+    assert "which of its dimensions are inputs is not known" in model.updater.rules["weight"]
+
+
+@pytest.mark.parametrize("method", [RigL(3, redistribution="gradient"), SNFS(3)], ids=lambda m: m.name)
+def test_a_layer_without_gradient_keeps_its_count(method: Method) -> None:
+    model, optimizer = start(method)
+    counts = model.updater.nonzeros
+    for _ in range(3):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(X), Y) * 0).backward()
+        optimizer.step()
+    assert model.updater.nonzeros == counts
+    assert_layout(model)
+
+
+@pytest.mark.parametrize(("method", "last"), [(RigL(5, end_fraction=0.55), 50), (GMP(1, end_fraction=0.29), 29)])
+def test_ends_are_safe_from_float_error(method: Method, last: int) -> None:
+    assert method.updates.steps(100)[-1] == last

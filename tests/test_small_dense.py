@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import SmallNet, input_shape, training_loss
-from networks import WideResNet22
+from networks import CharGRU, WideResNet22
 from torch import Tensor, nn
 from torchvision import models
 
@@ -58,6 +58,40 @@ def test_ratios_of_the_papers_network(density: float) -> None:
     assert parameters(small) / parameters(model) == pytest.approx(density, abs=0.005)
     ratio = flop_report(small, (1, 3, 32, 32)).dense_macs / flop_report(model, (1, 3, 32, 32)).dense_macs
     assert ratio == pytest.approx(density, abs=0.025)
+
+
+# Not published as numbers; ResNet-50 narrowed to .1 and .2 of its parameters.
+@pytest.mark.parametrize(("density", "flops"), [(0.1, 0.0885), (0.2, 0.186)])
+def test_ratios_of_resnet50(density: float, flops: float) -> None:
+    with torch.device("meta"):
+        model = models.resnet50()
+    small = small_dense(model, density, (1, 3, 224, 224))
+    assert parameters(small) / parameters(model) == pytest.approx(density, abs=0.002)
+    ratio = flop_report(small, (1, 3, 224, 224)).dense_macs / flop_report(model, (1, 3, 224, 224)).dense_macs
+    assert ratio == pytest.approx(flops, abs=0.003)
+
+
+MULTILAYER = {
+    "three times as many outputs": ((100, 300, 10), [(89, 100), (10, 89)]),
+    "as the last layer": ((50, 100, 300), [(29, 50), (300, 29)]),
+    "outputs as many as hidden": ((64, 64, 64), [(18, 64), (64, 18)]),
+}
+
+
+@pytest.mark.parametrize(("sizes", "shapes"), MULTILAYER.values(), ids=MULTILAYER)
+def test_plain_layers_of_awkward_sizes(sizes: tuple, shapes: list) -> None:
+    model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:]))
+    small = small_dense(model, 0.3, (1, sizes[0]))
+    assert [tuple(p.shape) for p in small.parameters() if p.dim() == 2] == shapes
+
+
+def test_the_language_model_shrinks_throughout() -> None:
+    model = CharGRU()  # whose first readout is as wide as there are classes
+    small = small_dense(model, 0.1, torch.zeros(1, 8, dtype=torch.long))
+    assert (small.gru.hidden_size, small.readout1.out_features, small.head.out_features) == (151, 76, 256)
+    assert small.embedding.weight.std().item() == pytest.approx(1.0, abs=0.05)
+    with pytest.raises(ValueError, match="takes a dense model"):
+        small_dense(sparsify(model, 0.1), 0.5, torch.zeros(1, 8, dtype=torch.long))
 
 
 class Mixed(nn.Module):

@@ -3,6 +3,7 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sparsify.ranks import ignore_in_ddp
 from sparsify.updater import updaters_of
 
 
@@ -30,6 +31,10 @@ class SparseTraining(Callback):
 
     def __init__(self, log: bool = True) -> None:
         self.log = log
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep masks out of what DDP, which will wrap the LightningModule, broadcasts."""
+        ignore_in_ddp(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attach."""
