@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.shards import whole
-from sparsify import RigL, load_checkpoint, save_checkpoint, save_sparse, sparsify
+from sparsify import RigL, ignore_in_ddp, load_checkpoint, save_checkpoint, save_sparse, sparsify
 from sparsify.method import Method
 
 # Processes fork from a server that has imported what takes time and run nothing.
@@ -115,10 +115,13 @@ def ddp_methods(rank: int, methods: list[Method], steps: int) -> dict[str, dict[
     return results
 
 
-def ddp_buffers(rank: int) -> tuple[list[str], list[str]]:
-    """List the buffers that DDP broadcasts before a forward pass, and those of a user's own ignore list."""
+def ddp_buffers(rank: int, nested: bool) -> tuple[list[str], list[str]]:
+    """List the buffers that DDP broadcasts before a forward pass, and those that it ignores."""
     model = make(RigL(3, redistribution="momentum"))
     model.register_buffer("statistics", torch.zeros(3))
+    if nested:
+        model = nn.Sequential(nn.Identity(), model)
+        ignore_in_ddp(model)
     ddp = DistributedDataParallel(model)
     return list(ddp.named_module_buffers), sorted(ddp.parameters_to_ignore)
 
@@ -208,7 +211,7 @@ def disagree(rank: int, hows: list[str]) -> dict[str, str]:
 
 
 def _disagree(rank: int, how: str) -> str:
-    model = make(RigL(3))
+    model = make(RigL(3 + rank if how == "interval" else 3))
     if how == "seed":
         model = sparsify(Net(), 0.4, method=RigL(3), seed=rank)
     optimizer = sgd(model)
@@ -221,6 +224,12 @@ def _disagree(rank: int, how: str) -> str:
         saved = model.state_dict()
         saved["blocks.0.conv.weight_mask.mask"] = saved["blocks.0.conv.weight_mask.mask"].roll(rank)
         model.load_state_dict(saved)
+    if how == "past ddp":
+        train(model, optimizer, 4, slice(rank, None, 2))  # whose gradients nobody reduces
+        try:
+            model.updater.compare_ranks()
+        except RuntimeError as error:
+            return str(error)
     weights = state(model)
     try:
         train(ddp, optimizer, 1)
@@ -228,6 +237,34 @@ def _disagree(rank: int, how: str) -> str:
         assert all(torch.equal(v, weights[k]) for k, v in state(model).items())
         return str(error)
     return "trained"
+
+
+def mend(rank: int) -> dict[str, Tensor]:
+    """Start from different masks, take over those of one rank, and train."""
+    model = sparsify(Net(), 0.4, method=RigL(3), seed=rank)
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=40)
+    model.updater.synchronize()
+    train(DistributedDataParallel(model), optimizer, 10, slice(rank, None, 2))
+    return state(model)
+
+
+def warm_up(rank: int) -> tuple[int, dict[str, Tensor]]:
+    """Shard a model of which one rank's gradients are all 0 at first, and start at a rate of 0."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 1))
+    nn.init.zeros_(net[3].weight)
+    model = sparsify(net, 0.5, method=RigL(2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = sgd(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+    model.updater.attach(optimizer, total_steps=40)
+    for _ in range(7):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return model.updater.step, state(model)
 
 
 def alone(rank: int) -> str:

@@ -34,10 +34,12 @@ def test_ddp_ranks_hold_the_same_masks_after_hundreds_of_updates() -> None:
         assert_same(first[method.name], second[method.name])
 
 
-def test_ddp_broadcasts_no_masks() -> None:
-    for broadcast, ignored in ranks.run(ranks.ddp_buffers, 2):
-        assert broadcast == ["statistics"]
-        assert "head.weight_mask.mask" in ignored
+@pytest.mark.parametrize("nested", [False, True])
+def test_ddp_broadcasts_no_masks(nested: bool) -> None:
+    prefix = "1." * nested
+    for broadcast, ignored in ranks.run(ranks.ddp_buffers, 2, nested):
+        assert broadcast == [f"{prefix}statistics"]
+        assert f"{prefix}head.weight_mask.mask" in ignored
 
 
 def test_ddp_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -77,6 +79,8 @@ DISAGREEING = {
     "schedule": "total_steps",
     "load": "the mask of blocks.0.conv.weight",
     "later": "the mask of head",
+    "interval": "the schedule",
+    "past ddp": "the mask of blocks",
 }
 
 
@@ -85,6 +89,17 @@ def test_masks_that_disagree_are_found_before_a_step() -> None:
         for how, first in DISAGREEING.items():
             assert f"the first difference is {first}" in messages[how]
             assert "synchronize()" in messages[how]
+
+
+def test_ranks_that_disagree_can_take_over_from_one() -> None:
+    first, second = ranks.run(ranks.mend, 2)
+    assert_same(first, second)
+
+
+def test_a_warm_up_of_shards_counts_on_every_rank() -> None:
+    (step, first), (other, second) = ranks.run(ranks.warm_up, 2)
+    assert (step, other) == (7, 7)
+    assert_same(first, second)
 
 
 def test_ranks_that_train_models_of_their_own() -> None:
