@@ -6,10 +6,10 @@ faithfully stays a call, of a module or of a function.
 
 import inspect
 import itertools
-import sys
 import traceback
 from collections.abc import Callable, Container, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -19,7 +19,8 @@ from torch.utils import checkpoint
 from passes.effects import Snapshot
 from passes.operands import is_view
 
-_RECOMPUTING = inspect.unwrap(checkpoint.checkpoint).__code__
+# What torch's `checkpoint` ends in, by whatever name it was called.
+_RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -55,6 +56,21 @@ def expect_default(value: Any, default: Any, name: str) -> None:
 
 
 fx.wrap("expect_default")
+
+
+class RecomputingError(NotImplementedError):
+    """A module recomputes activations, and a graph would keep them."""
+
+
+class _RefuseToRecompute:
+    """Stands for both ways of `checkpoint` while a graph is traced."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.apply()
+
+    @staticmethod
+    def apply(*args: Any) -> None:
+        raise RecomputingError("it recomputes activations (torch.utils.checkpoint), and a graph would keep them")
 
 
 class Tracer(fx.Tracer):
@@ -96,14 +112,10 @@ class Tracer(fx.Tracer):
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        frame = sys._getframe()  # whoever calls it, and by whatever name
-        while frame := frame.f_back:
-            if frame.f_code is _RECOMPUTING:
-                raise NotImplementedError(
-                    "it recomputes activations (torch.utils.checkpoint), and a graph would keep them"
-                )
-        return super().create_node(*args, **kwargs)
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace, and refuse what recomputes activations."""
+        with mock.patch.dict(vars(checkpoint), dict.fromkeys(_RECOMPUTING, _RefuseToRecompute)):
+            return super().trace(root, concrete_args)
 
     def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a user's module without parameters is given one: it may be a product made a module."""
@@ -129,7 +141,12 @@ class Tracer(fx.Tracer):
 
 
 def failing_function(error: Exception) -> set[Callable[..., Any]]:
-    """Find the function that a module's forward called and that raised; an empty set if the forward itself did."""
+    """Find the function that a module's forward called and that raised; an empty set if the forward itself did.
+
+    One that recomputes activations of the module's layers would hide them in a call: there it is the forward, too.
+    """
+    if isinstance(error, RecomputingError):
+        return set()
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, callee in itertools.pairwise(frames):
         function: Any = caller.f_globals.get(callee.f_code.co_name)
