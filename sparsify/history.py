@@ -32,16 +32,17 @@ _VERSION = 2  # of the layout
 class State:
     """What the updater keeps on the host, and its form in a `state_dict`: one CPU tensor of integers.
 
-    Layout: version, seed, total_steps, skipped updates, the numbers of letters in the method's name, of clocks, of counts and
-    of history entries; then the letters, the clocks, the nonzeros, the targets, and for every entry of the history its step and
-    its counts. Counts are stored where they differ from those of the entry before: each entry has the number of differences,
-    then (index, count) pairs. Zeros at the end leave room for the updates that are to come, so that the size stays the same
-    throughout a run: torch.distributed.checkpoint loads into tensors of the size that was saved.
+    Layout: version, seed, total_steps, a digest of the schedule, skipped updates, the numbers of letters in the method's name,
+    of clocks, of counts and of history entries; then the letters, the clocks, the nonzeros, the targets, and for every entry
+    of the history its step and its counts. Counts are stored where they differ from those of the entry before: each entry has
+    the number of differences, then (index, count) pairs. Zeros at the end leave room for the updates that are to come, so that
+    the size stays the same throughout a run: torch.distributed.checkpoint loads into tensors of the size that was saved.
     """
 
     method: str = ""
     seed: int = 0
     total_steps: int = 0
+    schedule: int = 0  # zlib.crc32 of the method's schedule
     skipped: int = 0
     clocks: list[int] = field(default_factory=lambda: [0])
     nonzeros: list[int] = field(default_factory=list)
@@ -51,7 +52,7 @@ class State:
     def encode(self, coming: int = 0, counts_vary: bool = False) -> Tensor:
         """Return the state as a tensor, with room for so many coming updates."""
         letters = self.method.encode()
-        numbers = [_VERSION, self.seed, self.total_steps, self.skipped]
+        numbers = [_VERSION, self.seed, self.total_steps, self.schedule, self.skipped]
         numbers += [len(letters), len(self.clocks), len(self.nonzeros), len(self.history), *letters]
         numbers += [*self.clocks, *self.nonzeros, *self.targets]
         pairs = 2 * len(self.nonzeros)
@@ -74,10 +75,10 @@ class State:
         try:
             if next(numbers) != _VERSION:
                 raise IndexError
-            seed, total, skipped, letters, clocks, counts, entries = (next(numbers) for _ in range(7))
+            seed, total, schedule, skipped, letters, clocks, counts, entries = (next(numbers) for _ in range(8))
             method = bytes(next(numbers) for _ in range(letters)).decode()
             lists = ([next(numbers) for _ in range(n)] for n in (clocks, counts, counts))
-            state = State(method, seed, total, skipped, *lists)
+            state = State(method, seed, total, schedule, skipped, *lists)
             before = (-1,) * counts
             for _ in range(entries):
                 step, changes = next(numbers), next(numbers)

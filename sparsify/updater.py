@@ -5,6 +5,7 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 """
 
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -322,9 +323,20 @@ class Updater(nn.Module):
         targets = [goal.target for goal in self.goals.values()]
         counts, clocks = list(self._counts()), self._clocks()
         state = State(
-            self.method.name, self.seed, self._total_steps, self.skipped_updates, clocks, counts, targets, self._history
+            self.method.name,
+            self.seed,
+            self._total_steps,
+            self._schedule_at(self._total_steps),
+            self.skipped_updates,
+            clocks,
+            counts,
+            targets,
+            self._history,
         )
         return state.encode(self._coming_updates(), self.method.counts_vary())
+
+    def _schedule_at(self, total_steps: int) -> int:
+        return zlib.crc32(repr(self.method.schedule(total_steps)).encode())
 
     def _coming_updates(self) -> int:
         updates = self.method.updates
@@ -335,6 +347,12 @@ class Updater(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""
         saved = State.decode(state)
+        if saved.schedule != self._schedule_at(saved.total_steps):
+            warnings.warn(
+                f"The state_dict comes from a method {saved.method!r} with another interval, drop fraction or end; training "
+                f"goes on by this model's.",
+                stacklevel=2,
+            )
         self.seed, self._steps = saved.seed, saved.clocks
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step

@@ -457,6 +457,14 @@ def test_what_attach_was_told_stays_when_a_state_is_loaded_after_it() -> None:
     assert (twin.updater.step, twin.updater.total_steps) == (12, 200)
 
 
+def test_another_interval_is_said() -> None:
+    model, optimizer = attached(RigL(10), total=100)
+    train(model, [optimizer], 3)
+    twin = sparsify(SmallNet(), 0.3, method=RigL(5))
+    with pytest.warns(UserWarning, match="another interval, drop fraction or end"):
+        twin.load_state_dict(model.state_dict())
+
+
 def test_the_history_of_several_clocks_is_in_order() -> None:
     model = sparsify(SmallNet(), 0.3, method=RigL(2, redistribution="gradient"))
     optimizers = [

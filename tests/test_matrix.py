@@ -1,6 +1,9 @@
 """Method x optimizer x precision x execution x accumulation: every pair of choices in the gate, everything with `-m sweep`."""
 
+import copy
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +11,8 @@ import torch.nn.functional as F
 from models import SmallNet
 from test_methods import TABLE, assert_layout
 from test_updates import OPTIMIZERS, X, Y, assert_sparse
-from torch import nn
 
-from sparsify import sparsify
+from sparsify import Method, sparsify
 
 PRECISIONS = ("fp32", "bf16", "amp")
 EXECUTIONS = ("eager", "compile")
@@ -33,33 +35,61 @@ def test_the_sample_covers_every_pair() -> None:
         assert {(row[a], row[b]) for row in sample()} == set(itertools.product(AXES[a], AXES[b])), (a, b)
 
 
-def check(name: str, make_optimizer: str, precision: str, execution: str, accumulation: int) -> None:
-    torch.manual_seed(0)
-    method = TABLE[name]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = sparsify(SmallNet().to(dtype), None if method.layout.fixed else 0.3, method=method)
-    optimizer = OPTIMIZERS[make_optimizer](model.parameters())
-    model.updater.attach(optimizer, total_steps=STEPS)
+@dataclass
+class Loop:
+    """One model in training."""
+
+    method: Method
+    optimizer_name: str
+    precision: str
+    execution: str
+    accumulation: int
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        density = None if self.method.layout.fixed else 0.3
+        self.model = sparsify(SmallNet().to(self.dtype), density, method=self.method)
+        self.optimizer = OPTIMIZERS[self.optimizer_name](self.model.parameters())
+        # What dynamo does to the code is the same for every backend; this one compiles nothing.
+        compiled = self.execution == "compile"
+        self.forward = torch.compile(self.model, backend="aot_eager", fullgraph=True, disable=not compiled)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=self.precision == "amp")
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            parts = zip(X.to(self.dtype).chunk(self.accumulation), Y.chunk(self.accumulation), strict=True)
+            for x, y in parts:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "amp"):
+                    loss = F.cross_entropy(self.forward(x).float(), y) / self.accumulation
+                self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            assert_sparse(self.model)
+
+
+def check(name: str, *choices: Any) -> None:
+    """Train, stop halfway and go on in another model: invariants at every step, and the same end to the bit."""
     torch._dynamo.reset()
-    # What dynamo does to the code is the same for every backend; this one compiles nothing.
-    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if execution == "compile" else model
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "amp")
-    first = {n: mask.clone() for n, mask in model.updater.masks.items()}
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        for x, y in zip(X.to(dtype).chunk(accumulation), Y.chunk(accumulation), strict=True):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "amp"):
-                loss = F.cross_entropy(forward(x).float(), y) / accumulation
-            scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert_sparse(model)
-    assert_layout(model)
-    changed = any(not torch.equal(first[n], mask) for n, mask in model.updater.masks.items())
-    assert changed == (method.updates is not None)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert isinstance(model, nn.Module)
-    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    loop, twin = Loop(TABLE[name], *choices), Loop(TABLE[name], *choices)
+    first = {n: mask.clone() for n, mask in loop.model.updater.masks.items()}
+    loop.model.updater.attach(loop.optimizer, total_steps=STEPS)
+    loop.run(STEPS // 2 + 1)
+    twin.model.load_state_dict(copy.deepcopy(loop.model.state_dict()))
+    twin.optimizer.load_state_dict(copy.deepcopy(loop.optimizer.state_dict()))
+    for a, b in zip(loop.model.parameters(), twin.model.parameters(), strict=True):
+        if "mu_product" in loop.optimizer.state[a]:  # of NAdam, which torch rounds to the weight's precision on loading
+            twin.optimizer.state[b]["mu_product"] = loop.optimizer.state[a]["mu_product"].clone()
+    twin.model.updater.attach(twin.optimizer, total_steps=STEPS)
+    for part in (loop, twin):
+        part.run(STEPS - STEPS // 2 - 1)
+        assert_layout(part.model)
+        assert all(p.dtype == part.dtype and p.isfinite().all() for p in part.model.parameters())
+    changed = any(not torch.equal(first[n], mask) for n, mask in loop.model.updater.masks.items())
+    assert changed == (loop.method.updates is not None)
+    for key, value in loop.model.state_dict().items():
+        assert torch.equal(value, twin.model.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("row", sample(), ids=lambda row: "-".join(map(str, row)))
