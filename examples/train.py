@@ -159,7 +159,7 @@ def _build(
     if run.method == "dense":
         return dense
     if run.method == "small-dense":
-        return small_dense(dense, run.density, task.inputs)
+        return small_dense(dense, _share_of_parameters(dense, run.density), task.inputs)
     if run.method in _TAKEN_FROM:
         parent = replace(run, method=_TAKEN_FROM[run.method])
         train(parent, folder, root, quick, show=False)
@@ -180,6 +180,13 @@ def _build(
     init = "keep" if method.prunes else "fan_in"
     distribution = "erk" if run.distribution == "constant" else run.distribution
     return sparsify(dense, distribution=distribution, method=method, seed=run.seed, init=init, **budget)
+
+
+def _share_of_parameters(dense: nn.Module, density: float) -> float:
+    """Return the share of all parameters, embeddings and biases included, that a sparse network of a density keeps."""
+    sparse, total = sparsify(dense, density), sum(p.numel() for p in dense.parameters())
+    sizes = {name: mask.numel() for name, mask in sparse.updater.masks.items()}
+    return 1 - (sum(sizes.values()) - sum(sparse.updater.nonzeros.values())) / total
 
 
 def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
