@@ -156,7 +156,7 @@ def _ddp_rank(rank: int, name: str, folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(training.model)
     for i in range(7):
         step(training, model, VECTORS[4 * rank : 4 * rank + 4].roll(i, 0))
-    parts = list(training.masks().values()), [p.detach() for p in training.model.parameters()]
+    parts = [mask for _, mask in sorted(training.masks().items())], [p.detach() for p in training.model.parameters()]
     torch.save(parts, Path(folder) / f"{rank}.pt")
 
 
