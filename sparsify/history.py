@@ -1,5 +1,6 @@
 """History: what the topology of a run was at every step, and the state that a checkpoint holds of it."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,32 @@ class Topology:
     step: int  # optimizer steps, counted from 1; 0 is the start of training
     nonzeros: dict[str, int]
     densities: dict[str, float]  # kept fractions, in (0, 1]; `cost_ledger` has the FLOPs
+
+
+class History:
+    """The counts over time of some weights, oldest first; an entry is (step, counts in the order of the names)."""
+
+    def __init__(self, names: Iterable[str], entries: Iterable[tuple[int, tuple[int, ...]]] = ()) -> None:
+        self.names = tuple(names)
+        self.entries = list(entries)
+
+    def record(self, step: int, nonzeros: Mapping[str, int]) -> None:
+        """Enter counts; at one step those of the last that does. Clocks of several optimizers may differ: time goes on."""
+        step = max([step, *(entry[0] for entry in self.entries[-1:])])
+        if self.entries and self.entries[-1][0] == step:
+            self.entries.pop()
+        counts = tuple(nonzeros.get(name, 0) for name in self.names)
+        if self.entries and self.entries[-1][1] == counts:
+            counts = self.entries[-1][1]  # one object, so that a long history stays small
+        self.entries.append((step, counts))
+
+    def topologies(self, sizes: Mapping[str, int]) -> list[Topology]:
+        """Return the entries as people read them, with densities of the weights that are given a size."""
+        found = []
+        for step, counts in self.entries:
+            nonzeros = dict(zip(self.names, counts, strict=True))
+            found.append(Topology(step, nonzeros, {name: nonzeros[name] / size for name, size in sizes.items()}))
+        return found
 
 
 _VERSION = 2  # of the layout

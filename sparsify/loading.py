@@ -1,6 +1,7 @@
 """Loading: what has to hold before a state_dict is taken over, and what follows from it afterwards."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from passes.mask import Mask, masks_of, zero_dropped_
 from sparsify.history import State
 from sparsify.layouts import ELEMENTS
+from sparsify.method import Method
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -64,12 +66,38 @@ def _check_training(model: nn.Module, state: State) -> dict[str, int]:
     return dict(zip(updater.goals, state.nonzeros, strict=True))
 
 
-def settle_after_load(model: nn.Module) -> None:
-    """Make counts and zeros follow what was loaded."""
+def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
+    """Make counts, zeros and the updater follow what was loaded."""
     for name, mask in masks_of(model).items():
         if not mask.mask.is_meta:
             with torch.no_grad():
                 zero_dropped_(model.get_parameter(name), mask.mask)
+    updater: Any = model._modules.get("updater")
+    if updater is None:
+        return
+    missing = incompatible_keys.missing_keys
+    alone = any(k.endswith("updater._extra_state") for k in missing) and not any(
+        k.endswith("_mask.mask") for k in missing
+    )
+    if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
+        counts = updater.nonzeros
+        updater.goals = {n: replace(goal, target=counts.get(n, goal.target)) for n, goal in updater.goals.items()}
+    updater.settle()
+
+
+def changed_schedule(method: Method, step: int, before: int, after: int) -> str:
+    """Say what a change of the total steps does to the schedule of a method that has come to a step."""
+    text = f"total_steps was {before} up to step {step} and is {after} from here on."
+    if (updates := method.updates) is None:
+        return text
+    old, new = updates.steps(before), updates.steps(after)
+    ends = f"The last update moves from step {old[-1] if old else 0} to {new[-1]}"
+    coming = next((t for t in new if t > step), None)
+    if coming is None:
+        return f"{text} {ends}: none is left."
+    amounts = [updates.amount(min(coming, total), total) for total in (before, after)]
+    what = "share of the final sparsity" if method.prunes else "drop fraction"
+    return f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
 
 
 def _check_same_masks(model: nn.Module, keys: set[str]) -> None:

@@ -1,6 +1,7 @@
 """Method: what a sparse training method is, a frozen record of functions."""
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +85,14 @@ class Method:
         steps = self.updates.steps(total_steps) if self.updates and total_steps else range(0)
         amounts = [round(self.updates.amount(t, total_steps), 9) for t in (*steps[:1], *steps[-1:]) if self.updates]
         return (steps.start, steps.stop, steps.step, *amounts)
+
+    def schedule_digest(self, total_steps: int) -> int:
+        """Return one number for `schedule`."""
+        return zlib.crc32(repr(self.schedule(total_steps)).encode())
+
+    def updates_after(self, step: int, total_steps: int) -> int:
+        """Count the updates that are to come after a step; none where the steps of the run are not known."""
+        return sum(t > step for t in self.updates.steps(total_steps)) if self.updates and total_steps else 0
 
     def counts_vary(self) -> bool:
         """Tell whether an update may change how many weights a layer keeps."""

@@ -5,9 +5,7 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 """
 
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch.optim import Optimizer
 from passes.mask import masks_of
 from sparsify import ranks
 from sparsify.attachment import Attachment, check_attach
-from sparsify.history import State, Topology
-from sparsify.loading import check_before_load, settle_after_load
+from sparsify.history import History, State, Topology
+from sparsify.loading import changed_schedule, check_before_load, settle_after_load
 from sparsify.method import Goal, Method
 
 
@@ -55,7 +53,7 @@ class Updater(nn.Module):
         self._attached: list[Attachment] = []
         self._steps = [0]
         self._total_steps = 0
-        self._history: list[tuple[int, tuple[int, ...]]] = []
+        self._history = History(goals)
         self._process_group: Any = None
         self._compared = False
         if method.updates and method.updates.momentum is not None:
@@ -67,7 +65,7 @@ class Updater(nn.Module):
         self._skipped_before = 0
         self._load_hooks = (
             model.register_load_state_dict_pre_hook(check_before_load),
-            model.register_load_state_dict_post_hook(_after_load),
+            model.register_load_state_dict_post_hook(settle_after_load),
         )
 
     # What people read.
@@ -95,12 +93,7 @@ class Updater(nn.Module):
     @property
     def history(self) -> list[Topology]:
         """The counts at the start of training and after every update since, oldest first."""
-        sizes = {name: mask.numel() for name, mask in self.masks.items()}
-        found = []
-        for step, counts in self._history:
-            nonzeros = dict(zip(self.goals, counts, strict=True))
-            found.append(Topology(step, nonzeros, {n: nonzeros[n] / size for n, size in sizes.items()}))
-        return found
+        return self._history.topologies({name: mask.numel() for name, mask in self.masks.items()})
 
     @property
     def pruned(self) -> bool:
@@ -150,7 +143,7 @@ class Updater(nn.Module):
         sizes = {name: mask.numel() for name, mask in self.masks.items()}
         overall = {
             "density": sum(self.nonzeros.values()) / sum(sizes.values()),
-            "updates": float(max(0, len(self._history) - 1)),
+            "updates": float(max(0, len(self._history.entries) - 1)),
             "skipped_updates": float(self.skipped_updates),
         }
         return {
@@ -189,18 +182,19 @@ class Updater(nn.Module):
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
         check_attach(self._model[0], self.method, optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
-            warnings.warn(self._longer(total_steps), stacklevel=2)
+            warnings.warn(changed_schedule(self.method, self.step, self._total_steps, total_steps), stacklevel=2)
         if self.skipped.is_meta:  # of a model whose tensors came from a load
             self.skipped = torch.zeros_like(self.skipped, device=next(iter(self.masks.values())).device)
         steps = self._clocks()
-        self._total_steps, self._process_group, self._compared = total_steps, process_group, False
+        self._total_steps, self._process_group = total_steps, process_group
         for i, optimizer in enumerate(optimizers):
             exposed = [name for name in self.goals if self._is_exposed(name)]
             step = steps[i] if i < len(steps) else max(steps)
             self._attached.append(Attachment(self, self._model[0], optimizer, exposed, step))
         if self.step == 0:
-            self._history = [(0, self._counts())]
-        self._settle_gradients()
+            self._history = History(self.goals)
+            self.record(0)
+        self.settle()
         for name in self.replaced:
             warnings.warn(
                 f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.",
@@ -249,7 +243,7 @@ class Updater(nn.Module):
         ranks.take_over(self, self._model[0], optimizers, self._process_group)
         for attachment in self._attached:
             attachment.mask_everything()
-        self._settle_gradients()
+        self.settle()
 
     def remove(self) -> None:
         """Detach, and take this module off its model; the masks stay."""
@@ -258,22 +252,6 @@ class Updater(nn.Module):
         for handle in self._load_hooks:
             handle.remove()
         del self._model[0].updater
-
-    def _longer(self, total_steps: int) -> str:
-        """Say what a change of the total steps does to the schedule."""
-        text = f"total_steps was {self._total_steps} up to step {self.step} and is {total_steps} from here on."
-        if (updates := self.method.updates) is None:
-            return text
-        before, after = updates.steps(self._total_steps), updates.steps(total_steps)
-        ends = f"The last update moves from step {before[-1] if before else 0} to {after[-1]}"
-        coming = next((t for t in after if t > self.step), None)
-        if coming is None:
-            return f"{text} {ends}: none is left."
-        amounts = [updates.amount(min(coming, total), total) for total in (self._total_steps, total_steps)]
-        what = "share of the final sparsity" if self.method.prunes else "drop fraction"
-        return (
-            f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
-        )
 
     def _is_exposed(self, name: str) -> bool:
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
@@ -292,25 +270,16 @@ class Updater(nn.Module):
 
     def record(self, step: int) -> None:
         """Enter the counts after an update into the history."""
-        step = max([step, *(entry[0] for entry in self._history[-1:])])  # clocks of several optimizers may differ
-        if self._history and self._history[-1][0] == step:
-            self._history.pop()  # of another optimizer
-        counts = self._counts()
-        if self._history and self._history[-1][1] == counts:
-            counts = self._history[-1][1]  # one object, so that a long history stays small
-        self._history.append((step, counts))
-
-    def _counts(self) -> tuple[int, ...]:
-        nonzeros = self.nonzeros
-        return tuple(nonzeros.get(name, 0) for name in self.goals)
+        self._history.record(step, self.nonzeros)
 
     # What state_dict, copies and loading need.
 
     def _clocks(self) -> list[int]:
         return [a.step for a in self._attached] or self._steps
 
-    def _settle_gradients(self) -> None:
-        """Derive from the step whether the next gradients have to be dense."""
+    def settle(self) -> None:
+        """Derive from the step whether the next gradients have to be dense, and compare ranks again, after a load."""
+        self._compared = False
         for attachment in self._attached:
             attachment.settle()
 
@@ -321,33 +290,24 @@ class Updater(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
         targets = [goal.target for goal in self.goals.values()]
-        counts, clocks = list(self._counts()), self._clocks()
         state = State(
             self.method.name,
             self.seed,
             self._total_steps,
-            self._schedule_at(self._total_steps),
+            self.method.schedule_digest(self._total_steps),
             self.skipped_updates,
-            clocks,
-            counts,
+            self._clocks(),
+            [self.nonzeros.get(name, 0) for name in self.goals],
             targets,
-            self._history,
+            self._history.entries,
         )
-        return state.encode(self._coming_updates(), self.method.counts_vary())
-
-    def _schedule_at(self, total_steps: int) -> int:
-        return zlib.crc32(repr(self.method.schedule(total_steps)).encode())
-
-    def _coming_updates(self) -> int:
-        updates = self.method.updates
-        return (
-            len([t for t in updates.steps(self._total_steps) if t > self.step]) if updates and self._total_steps else 0
-        )
+        coming = self.method.updates_after(self.step, self._total_steps)
+        return state.encode(coming, self.method.counts_vary())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the step and the schedule of a `state_dict`."""
         saved = State.decode(state)
-        if saved.schedule != self._schedule_at(saved.total_steps):
+        if saved.schedule != self.method.schedule_digest(saved.total_steps):
             warnings.warn(
                 f"The state_dict comes from a method {saved.method!r} with another interval, drop fraction or end; training "
                 f"goes on by this model's.",
@@ -357,12 +317,10 @@ class Updater(nn.Module):
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
         if self._attached and saved.total_steps not in (0, self._total_steps):  # what `attach` was told counts
-            asked, self._total_steps = self._total_steps, saved.total_steps
-            warnings.warn(self._longer(asked), stacklevel=2)
-            self._total_steps = asked
-        else:
-            self._total_steps = saved.total_steps or self._total_steps
-        self._history = saved.history
+            warnings.warn(changed_schedule(self.method, self.step, saved.total_steps, self._total_steps), stacklevel=2)
+        elif saved.total_steps:
+            self._total_steps = saved.total_steps
+        self._history = History(self.goals, saved.history)
         self._skipped_before = saved.skipped
         self.skipped.zero_()
 
@@ -376,17 +334,3 @@ def updaters_of(module: nn.Module) -> dict[str, Updater]:
 def _momentum_of(name: str) -> str:
     """Name the buffer that holds the moving average of a weight's gradient."""
     return f"momentum/{name.replace('.', '/')}"
-
-
-def _after_load(model: nn.Module, incompatible_keys: Any) -> None:
-    settle_after_load(model)
-    if isinstance(updater := model._modules.get("updater"), Updater):
-        missing = incompatible_keys.missing_keys
-        alone = any(k.endswith("updater._extra_state") for k in missing) and not any(
-            k.endswith("_mask.mask") for k in missing
-        )
-        if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
-            counts = updater.nonzeros
-            updater.goals = {n: replace(g, target=counts.get(n, g.target)) for n, g in updater.goals.items()}
-        updater._compared = False
-        updater._settle_gradients()
