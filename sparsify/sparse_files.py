@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,24 +53,22 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     serialize = _safetensors().torch.save_file
-    masks = {name: mask.mask for name, mask in masks_of(model).items()}
+    masks = masks_of(model)
     if not masks or "updater" not in model._modules:
         inside = [path for path, module in model.named_modules() if "updater" in module._modules]
         hint = f"it is inside, at {inside[0]!r}" if inside else "this one has no masks"
         raise ValueError(f"save_sparse() takes the model that sparsify() returned; {hint}.")
-    content: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
     names: dict[int, str] = {}  # of tensors that several names share
-    shared: dict[str, str] = {}
-    for name, value in _network(model).items():
-        first = names.setdefault(id(value), name)
-        if first != name:
-            shared[name] = first
-        elif name in masks and not masks[name].all():
-            content[name], content[name + _BITS] = _pack(value.detach().cpu(), masks[name].cpu())
-            shapes[name] = list(value.shape)
-        else:
-            content[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    state = {name: (value, names.setdefault(id(value), name)) for name, value in _network(model).items()}
+    shared = {name: first for name, (_, first) in state.items() if first != name}
+    own = {name: value.detach().cpu() for name, (value, _) in state.items() if name not in shared}
+    sparse = [name for name in own if name in masks and masks[name].density < 1]
+    shapes = {name: list(own[name].shape) for name in sparse}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        packed = list(pool.map(lambda name: _pack(own[name], masks[name].mask.cpu()), sparse))
+    content = {k: t.clone(memory_format=torch.contiguous_format) for k, t in own.items() if k not in shapes}
+    for name, (kept, bits) in zip(sparse, packed, strict=True):
+        content |= {name: kept, name + _BITS: bits}
     facts = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes), "shared": json.dumps(shared)}
     facts["digest"] = _digest(content, facts)
     with replacing(path) as partial:
@@ -113,10 +112,12 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"with masks=model."
             )
         names = {mask: name for name, mask in masks_of(model).items()}
-        for path, mask in model.named_modules(remove_duplicate=False):  # tied weights have several paths
+        for where, mask in model.named_modules(remove_duplicate=False):  # tied weights have several paths
             if isinstance(mask, Mask):
-                state[f"{path}.mask"] = masks.get(names[mask], torch.ones(mask.mask.shape, dtype=torch.bool))
-        model.get_submodule("updater").detach()  # pyright: ignore[reportCallIssue]
+                state[f"{where}.mask"] = masks.get(names[mask], torch.ones(mask.mask.shape, dtype=torch.bool))
+        updater: Any = model._modules.get("updater")
+        if updater is not None:
+            updater.detach()
     model.load_state_dict(state, strict=False)
     return model
 
@@ -200,7 +201,7 @@ def _unpack(values: Tensor, bits: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
 def _network(model: nn.Module) -> dict[str, Tensor]:
     """Return what a file holds: the entries of a `state_dict` but masks and the state of training."""
     entries = model.state_dict(keep_vars=True)
-    masks = {f"{path}.mask" for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Mask)}
+    masks = {f"{name}_mask.mask" for name in entries}
     kept = {k: v for k, v in entries.items() if k not in masks and not k.startswith("updater.")}
     for name, value in kept.items():
         if not isinstance(value, Tensor):

@@ -289,7 +289,7 @@ class Updater(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
-        targets = [goal.target for goal in self.goals.values()]
+        targets, nonzeros = [goal.target for goal in self.goals.values()], self.nonzeros
         state = State(
             self.method.name,
             self.seed,
@@ -297,7 +297,7 @@ class Updater(nn.Module):
             self.method.schedule_digest(self._total_steps),
             self.skipped_updates,
             self._clocks(),
-            [self.nonzeros.get(name, 0) for name in self.goals],
+            [nonzeros.get(name, 0) for name in self.goals],
             targets,
             self._history.entries,
         )
