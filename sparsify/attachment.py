@@ -86,6 +86,7 @@ class Attachment:
             return None
         if self.groups != [len(group["params"]) for group in optimizer.param_groups]:  # add_param_group
             self._bind()
+            self.settle()
         self.updater.compare_once()
         updates, step = self.updater.method.updates, self.step + 1
         if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
