@@ -25,7 +25,7 @@ def _check_names(module: nn.Module, path: str) -> None:
     own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
     own -= {"__deepcopy__"} if is_parametrized(module) else set()  # torch's own, which copies as ours does
     if not isinstance(module, fx.GraphModule) and (
-        taken := sorted(_RESERVED & own - {"__new__", "__doc__"} - set(vars(nn.Module)))
+        taken := sorted(_RESERVED & own - {"__new__", "__doc__", "__jit_unused_properties__"} - set(vars(nn.Module)))
     ):
         raise ValueError(
             f"{path or type(module).__name__!r} has attributes that fx.GraphModule needs for itself: {', '.join(taken)}. "

@@ -1,5 +1,13 @@
 """Sparse training in PyTorch: a torch.fx compiler pass, a topology updater and a static FLOP report."""
 
+import passes
+
+if not hasattr(passes, "mask_weights"):
+    raise ImportError(
+        f"sparsify needs its own package `passes`, but Python finds {passes.__file__ or list(passes.__path__)} first. Rename "
+        f"that one, or start Python from elsewhere."
+    )
+
 from passes.captured import graphs
 from sparsify.api import fold, sparsify
 from sparsify.checkpoints import load_checkpoint, save_checkpoint

@@ -50,9 +50,9 @@ def sparsify(
 
     Args:
         model: any module, on any device; on the meta device masks exist by their counts only.
-        density: the kept fraction, in (0, 1]. Overall under "er" and "erk"; of each masked weight under "uniform", which
-            leaves the first layer dense. Or {pattern: density}, with fnmatch patterns on parameter names: the first that
-            matches counts, and weights that none matches stay dense.
+        density: the kept fraction of the weights that are masked, in (0, 1]. Overall under "er" and "erk"; of each masked
+            weight under "uniform", which leaves the first layer dense. Or {pattern: density}, with fnmatch patterns on
+            parameter names: the first that matches counts, and weights that none matches stay dense.
         distribution: "uniform", "er", "erk", or a function `(sites, density) -> {name: density}`.
         method: a name ("rigl", "static", "set", "snfs", "gmp", "snip", "srigl", "nm", ...) or a record such as
             `RigL(interval=50)`. "gmp" and "snip" start dense, and the density is where they end.
@@ -73,7 +73,8 @@ def sparsify(
         inplace: rewrite `model` itself instead of a copy, for models too large to have twice.
 
     Returns:
-        An `fx.GraphModule` that is also an instance of the model's own class, in the same mode.
+        A model that is an instance of its own class, in the same mode, and an `fx.GraphModule` where fx traces it whole. Of one
+        that does not, the parts are: see `graphs`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -152,8 +153,8 @@ def fold(model: nn.Module) -> nn.Module:
         >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
         ('Sequential', 32, ['0.weight', '0.bias'])
     """
-    if not isinstance(model, nn.Module) or not masks_of(model):
-        raise ValueError("fold() takes a model that sparsify() returned; this one has no masks.")
+    if not isinstance(model, nn.Module) or not masks_of(model) or "updater" not in model._modules:
+        raise ValueError("fold() takes a model that sparsify() returned itself; this one has no masks of its own.")
     plain = copy.deepcopy(model)
     updater = plain.get_submodule("updater")
     assert isinstance(updater, Updater)

@@ -1,5 +1,6 @@
 """Attachment: one optimizer, the masked weights it trains, and what its hooks do at every step."""
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -177,9 +178,10 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
     if len(set(optimizers)) < len(optimizers):
         raise ValueError("attach() was given the same optimizer twice.")
     if method.updates and not method.updates.steps(total_steps):
+        least = next(t for t in itertools.count(total_steps) if method.updates.steps(t))
         raise ValueError(
-            f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}. Lower its interval "
-            f"or train longer; method='static' never updates."
+            f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}; the first comes with "
+            f"{least}. Lower its interval or train longer; method='static' never updates."
         )
     for name, mask in masks_of(model).items():
         target = model.get_submodule("updater").goals[name].target  # pyright: ignore
@@ -193,8 +195,9 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
     if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
         raise ValueError(
             f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), "
-            f"which returns a copy), pass all of them to one attach(), or freeze the weight (requires_grad_(False))."
+            f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), which "
+            f"returns a copy, and after fully_shard(), which replaces them), pass all of them to one attach(), or freeze the "
+            f"weight (requires_grad_(False))."
         )
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: everything that training needs to go on exactly, in one file that is never half-written."""
 
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +68,26 @@ def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
         The plain values of the file, or None where there is no file: training starts from the beginning.
 
     Raises:
-        ValueError: the file lacks a part that is asked for, or holds one that is not, or a part does not fit.
+        ValueError: the file is damaged or something else, holds other parts than are asked for, or a part does not fit;
+            nothing was changed.
     """
     if not Path(path).exists():
         return None
-    state = torch.load(path, map_location=map_location, weights_only=True)
+    state = _read(path, map_location)
     generators, loaded = state.pop(_RNG), state.pop(_LOADED)
     if set(loaded) != set(parts):
         raise ValueError(
-            f"{path} holds {', '.join(state)}; asked for was {', '.join(parts)}. Name the same parts as in save_checkpoint()."
+            f"{path} holds the parts {', '.join(loaded)}; asked for was {', '.join(parts) or 'none'}. Name the same parts as "
+            f"in save_checkpoint()."
         )
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     for name, part in parts.items():
-        part.load_state_dict(state.pop(name))
+        try:
+            part.load_state_dict(state.pop(name))
+        except Exception as error:  # whatever a part raises
+            for other, kept in before.items():
+                parts[other].load_state_dict(kept)
+            raise ValueError(f"{path} does not fit, and nothing was changed: {name}: {error}") from error
     if generators["rank"] == _rank():
         torch.set_rng_state(generators["cpu"].cpu())
         if "cuda" in generators and torch.cuda.is_available():
@@ -87,6 +97,16 @@ def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
 
 def _has_state(part: Any) -> bool:
     return callable(getattr(part, "state_dict", None))
+
+
+def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint, or damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or not state.keys() >= _OWN:
+        raise ValueError(f"{path} is no file of save_checkpoint(). Read it with torch.load() and load_state_dict().")
+    return state
 
 
 def _rank() -> int:

@@ -17,24 +17,24 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
     """Refuse masks that do not fit, before anything is loaded."""
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
+    saved = {name: state_dict[key] for name in masks if (key := f"{prefix}{name}_mask.mask") in state_dict}
+    for name, mask in saved.items():
+        own = masks[name].mask
+        if mask.shape != own.shape or mask.dtype != torch.bool:
+            found = f"{tuple(mask.shape)} {mask.dtype}"
+            raise ValueError(
+                f"The state_dict's mask of {name} is {found}, the model's is {tuple(own.shape)} torch.bool."
+            )
     state = state_dict.get(f"{prefix}updater._extra_state")
     counts = _check_training(model, State.decode(state)) if state is not None else {}
     layout = getattr(getattr(model._modules.get("updater"), "method", None), "layout", ELEMENTS)
-    if state is None and layout is not ELEMENTS and any(f"{prefix}{name}_mask.mask" in state_dict for name in masks):
+    if state is None and layout is not ELEMENTS and saved:
         raise ValueError(
             f"These masks come without the state of training, and the model's method keeps masks of {layout.name}, which they "
             f"may not be. Load them into a model with method='static' or 'rigl'."
         )
-    for name, mask in masks.items():
-        saved = state_dict.get(f"{prefix}{name}_mask.mask")
-        if saved is None:
-            continue
-        if saved.shape != mask.mask.shape or saved.dtype != torch.bool:
-            found = f"{tuple(saved.shape)} {saved.dtype}"
-            raise ValueError(
-                f"The state_dict's mask of {name} is {found}, the model's is {tuple(mask.mask.shape)} torch.bool."
-            )
-        total = int(saved.sum()) if not saved.is_meta else None
+    for name, mask in saved.items():
+        total = int(mask.sum()) if not mask.is_meta else None
         if total is not None and total != counts.get(name, total or None):
             raise ValueError(
                 f"The state_dict's mask of {name} keeps {total} weights, its own count says {counts.get(name)}: "

@@ -316,10 +316,10 @@ class Updater(nn.Module):
         self.seed, self._steps = saved.seed, saved.clocks
         for attachment, step in zip(self._attached, self._steps, strict=False):
             attachment.step = step
-        if self._attached and saved.total_steps not in (0, self._total_steps):  # what `attach` was told counts
-            warnings.warn(changed_schedule(self.method, self.step, saved.total_steps, self._total_steps), stacklevel=2)
-        elif saved.total_steps:
+        if not self._attached:
             self._total_steps = saved.total_steps
+        elif saved.total_steps not in (0, self._total_steps):  # what `attach` was told counts
+            warnings.warn(changed_schedule(self.method, self.step, saved.total_steps, self._total_steps), stacklevel=2)
         self._history = History(self.goals, saved.history)
         self._skipped_before = saved.skipped
         self.skipped.zero_()

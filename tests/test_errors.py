@@ -2,7 +2,11 @@
 
 import copy
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,3 +374,15 @@ def test_weights_that_python_code_reads_stay_sparse() -> None:
         optimizer.step()
         for name, mask in sparse.updater.masks.items():
             assert not sparse.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["passes/__init__.py", "passes.py"])
+def test_a_folder_of_ones_own_named_passes_is_said(name: str, tmp_path: Path) -> None:
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.touch()
+    run = [sys.executable, "-c", "import sparsify"]
+    done = subprocess.run(
+        run, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert f"needs its own package `passes`, but Python finds {place} first" in done.stderr

@@ -285,7 +285,9 @@ def test_checkpoints_name_what_does_not_fit(tmp_path: Path) -> None:
     assert load_checkpoint(path, model=model, optimizer=optimizer) == {"epoch": 2}
     with pytest.raises(ValueError, match="asked for was model"):
         load_checkpoint(path, model=model)
-    with pytest.raises(ValueError, match=r"holds model, optimizer, epoch; asked for was model, optimizer, scheduler"):
+    with pytest.raises(
+        ValueError, match=r"holds the parts model, optimizer; asked for was model, optimizer, scheduler"
+    ):
         load_checkpoint(path, model=model, optimizer=optimizer, scheduler=optimizer)
     with pytest.raises(ValueError, match="another name"):
         save_checkpoint(path, rng=3)
@@ -346,3 +348,23 @@ def test_a_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
         write()
     assert hashlib.sha256(path.read_bytes()).digest() == digest
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_checkpoints_that_are_none_change_nothing(tmp_path: Path) -> None:
+    model, optimizer = attached(RigL(3))
+    train(model, [optimizer], 2)
+    save_checkpoint(tmp_path / "run.pt", model=model, optimizer=optimizer)
+    whole = (tmp_path / "run.pt").read_bytes()
+    for name, content in {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="is no checkpoint, or damaged"):
+            load_checkpoint(tmp_path / name, model=model)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is no file of save_checkpoint"):
+        load_checkpoint(tmp_path / "state.pt", model=model)
+    other = make(RigL(3))
+    adam = torch.optim.AdamW(other.parameters())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="nothing was changed: optimizer"):
+        load_checkpoint(tmp_path / "run.pt", model=other, optimizer=adam)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
