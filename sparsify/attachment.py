@@ -1,6 +1,5 @@
 """Attachment: one optimizer, the masked weights it trains, and what its hooks do at every step."""
 
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 
 from passes.mask import masks_of, zero_dropped_
 from sparsify import optimizers as opt
-from sparsify.method import Method
+from sparsify.method import Goal, Method
 from sparsify.scores import LayerState
 from sparsify.update import Bound, observe, update_layers
 
@@ -45,7 +44,7 @@ class Attachment:
 
     def _bind(self) -> None:
         """Find the masked weights among the optimizer's parameters."""
-        self.groups = [len(group["params"]) for group in self.optimizer.param_groups]
+        self.groups = opt.group_sizes(self.optimizer)
         own = set(opt.parameters(self.optimizer))
         weights = {name: (self.model.get_parameter(name), mask) for name, mask in masks_of(self.model).items()}
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
@@ -85,7 +84,7 @@ class Attachment:
         self.rehearses = opt.is_rehearsal(optimizer, args, kwargs)
         if self.rehearses:
             return None
-        if self.groups != [len(group["params"]) for group in optimizer.param_groups]:  # add_param_group
+        if self.groups != opt.group_sizes(optimizer):  # add_param_group
             self._bind()
             self.settle()
         self.updater.compare_once()
@@ -160,6 +159,9 @@ class Attachment:
         return LayerState(b.name, b.weight, mask.mask, *counts, *where, step, self.updater.seed)
 
 
+_LONGEST = 1_000_000  # steps: how far to look for a run with an update, since a record may have none at any length
+
+
 def _not_compiled(hook: Callable[..., Any]) -> Any:
     return torch.compiler.disable(hook)
 
@@ -178,20 +180,22 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
     if len(set(optimizers)) < len(optimizers):
         raise ValueError("attach() was given the same optimizer twice.")
     if method.updates and not method.updates.steps(total_steps):
-        least = next(t for t in itertools.count(total_steps) if method.updates.steps(t))
+        least = next((t for t in range(total_steps, _LONGEST) if method.updates.steps(t)), None)
         raise ValueError(
-            f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}; the first comes with "
-            f"{least}. Lower its interval or train longer; method='static' never updates."
+            f"No update would ever run: method {method.name!r} has none within total_steps={total_steps}"
+            f"{f'; the first comes with {least}' if least else ''}. Lower its interval or train longer; method='static' never "
+            f"updates."
         )
-    for name, mask in masks_of(model).items():
-        target = model.get_submodule("updater").goals[name].target  # pyright: ignore
-        if not method.counts_vary() and mask.nonzeros != target:
+    masks, updater = masks_of(model), model.get_submodule("updater")
+    goals: dict[str, Goal] = {} if method.counts_vary() else updater.goals  # pyright: ignore[reportAssignmentType]
+    for name, goal in goals.items():
+        if name in masks and masks[name].nonzeros != goal.target:
             raise ValueError(
-                f"The mask of {name} keeps {mask.nonzeros} weights and should keep {target}: it was written to, or never "
-                f"filled (to_empty). Load a state_dict first, or sparsify again with masks=."
+                f"The mask of {name} keeps {masks[name].nonzeros} weights and should keep {goal.target}: it was written to, or "
+                f"never filled (to_empty). Load a state_dict first, or sparsify again with masks=."
             )
     own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
-    weights = {name: model.get_parameter(name) for name in masks_of(model)}
+    weights = {name: model.get_parameter(name) for name in masks}
     if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
         raise ValueError(
             f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"

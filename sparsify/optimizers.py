@@ -27,6 +27,11 @@ def parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
+def group_sizes(optimizer: Optimizer) -> list[int]:
+    """Return the numbers of parameters in the groups, which `add_param_group` changes."""
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
 def state_tensors(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
     """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape."""
     for value in optimizer.state.get(weight, {}).values():

@@ -28,5 +28,6 @@ class SparseTraining(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add to the Trainer's history, and to what callbacks after this one see."""
         for updater in updaters_of(kwargs["model"]).values():
+            scalars = updater.scalars()
             for record in (state.log_history[-1], logs or {}):
-                record.update(updater.scalars())
+                record.update(scalars)
