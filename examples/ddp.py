@@ -61,9 +61,11 @@ def main() -> None:
 
     accuracy = test(model, test_x, test_y)
     mask_bits = b"".join(mask.cpu().numpy().tobytes() for mask in model.updater.masks.values())
-    print(
-        f"rank {rank} of {ranks}: accuracy {accuracy:.2f}%, masks {zlib.crc32(mask_bits):08x}, step {model.updater.step}"
-    )
+    line = f"rank {rank} of {ranks}: accuracy {accuracy:.2f}%, masks {zlib.crc32(mask_bits):08x}, step {model.updater.step}"
+    lines = [""] * ranks
+    dist.all_gather_object(lines, line)
+    if rank == 0:  # one process prints: lines that several write at once run into each other
+        print(*lines, sep="\n")
     dist.destroy_process_group()
 
 
