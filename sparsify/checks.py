@@ -78,6 +78,8 @@ def resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[A
     if not isinstance(choice, str) or choice not in known:
         near = difflib.get_close_matches(str(choice).lower(), known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if callable(choice):  # RigL for RigL()
+            hint = f" Call it: {choice.__name__}()."
         raise ValueError(f"Unknown {what} {choice!r}; known are {', '.join(known)}.{hint}")
     return known[choice]
 

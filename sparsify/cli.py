@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1x3x224x224",
         help="input shape (default: 1x3x224x224; video 1x3x16x224x224)",
     )
+    _add_choices(parser)
+    _add_outputs(parser)
+    return parser
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude",
         nargs="+",
@@ -99,8 +105,6 @@ def _parser() -> argparse.ArgumentParser:
         help="parameters that are masked whatever reads them: fnmatch patterns such as 'embedding.weight'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
-    _add_outputs(parser)
-    return parser
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:

@@ -115,8 +115,14 @@ def _change(
     """Update one mask; then weight and optimizer state wherever it changed."""
     updates, mask, weight = method.updates, bound.mask, bound.weight
     assert updates is not None
-    coming = updates.growth_score(state) if grow else None
-    new = method.layout.exchange(state, updates.drop_score(state), coming, drop, grow)
+    leaving, coming = updates.drop_score(state), updates.growth_score(state) if grow else None
+    for score, function in (leaving, updates.drop_score), (coming, updates.growth_score):
+        if score is not None and score.shape != mask.mask.shape:
+            raise ValueError(
+                f"Method {method.name!r}: {function.__name__} returned {tuple(score.shape)} for {bound.name} of shape "
+                f"{tuple(mask.mask.shape)}; a score is a tensor of the weight's shape."
+            )
+    new = method.layout.exchange(state, leaving, coming, drop, grow)
     changed = mask.mask.logical_xor(new)
     changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
     grown = updates.growth_init(state).to(weight.dtype) if updates.growth_init and grow else None

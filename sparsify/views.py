@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -13,7 +14,10 @@ from passes.captured import Captured
 from passes.macs import count
 from passes.mask import Mask, masks_of
 from passes.shapes import record
+from sparsify.files import replacing
 from sparsify.flops import arguments_of
+
+_DRAWINGS = (".svg", ".png", ".pdf", ".dot")
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
 
     Args:
         model: a model that `sparsify` returned.
-        inputs: what `flop_report` takes; adds the MACs of each node (in evaluation).
+        inputs: what `flop_report` takes; adds the dense MACs of each node (in evaluation).
 
     Returns:
-        Columns: node, operation, target, weight shape, density, MACs.
+        Columns: node, operation, target, weight shape, density, dense MACs.
 
     Raises:
         ValueError: the model has no captured graph, or the inputs do not fit.
@@ -71,8 +75,8 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
         >>> from sparsify import sparsify
         >>> model = sparsify(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), density=0.5)
         >>> print(graph_table(model, (1, 4)))  # doctest: +NORMALIZE_WHITESPACE
-        node        op           target    weight    density    MACs
-        ----------  -----------  --------  --------  ---------  ------
+        node        op           target    weight    density    dense MACs
+        ----------  -----------  --------  --------  ---------  ------------
         input_1     placeholder  input
         * masked_0  call_module  0         8x4       0.5000     32
         _1          call_module  1
@@ -85,7 +89,7 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
         rows.append(
             (f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs)
         )
-    return tabulate(rows, headers=("node", "op", "target", "weight", "density", "MACs"), disable_numparse=True)
+    return tabulate(rows, headers=("node", "op", "target", "weight", "density", "dense MACs"), disable_numparse=True)
 
 
 def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
@@ -94,12 +98,15 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
     Args:
         model: a model that `sparsify` returned.
         path: of the file to write; its ending chooses the format (.svg, .png, .pdf, .dot).
-        inputs: what `flop_report` takes; adds the MACs of each node.
+        inputs: what `flop_report` takes; adds the dense MACs of each node.
 
     Raises:
         ImportError: pygraphviz, the extra `plots`, is not installed.
-        ValueError: the model has no captured graph, or the inputs do not fit.
+        ValueError: the model has no captured graph, the inputs do not fit, or the ending is another one.
     """
+    ending = Path(path).suffix.lower()
+    if ending not in _DRAWINGS:
+        raise ValueError(f"{path} ends in {ending or 'nothing'}; a drawing is one of {', '.join(_DRAWINGS)}.")
     try:
         import pygraphviz
     except ImportError as error:
@@ -109,7 +116,7 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
         shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10"
     )
     for view in _views(model, inputs):
-        macs = f"{view.macs:,} MACs" if view.macs else ""
+        macs = f"{view.macs:,} dense MACs" if view.macs else ""
         weight = f"{view.shape} at {view.density}" if view.weights else ""
         label = "\n".join(line for line in (view.node.name, f"{view.node.op}: {view.target}", weight, macs) if line)
         drawing.add_node(
@@ -117,7 +124,8 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
         )
         for source in view.node.all_input_nodes:
             drawing.add_edge(_key(view.region, source), _key(view.region, view.node))
-    drawing.draw(path, prog="dot")
+    with replacing(path) as partial:
+        drawing.draw(str(partial), format=ending.removeprefix("."), prog="dot")
 
 
 def _key(region: str, node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_counting_changes_nothing() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in before)
 
 
-def test_views_and_plots(tmp_path: object) -> None:
+def test_views_and_plots(tmp_path: Path) -> None:
     model = sparsify(SmallNet(), 0.3).eval()
     table = graph_table(model, (1, 3, 8, 8))
     assert "* masked_conv1" in table
@@ -323,6 +324,9 @@ def test_views_and_plots(tmp_path: object) -> None:
         draw_graph(model, path, (1, 3, 8, 8)) if name == "graph.svg" else flop_report(model, (1, 3, 8, 8)).plot(path)
         text = "".join(ET.parse(path).getroot().itertext())
         assert ("masked_conv1" if name == "graph.svg" else "conv1") in text or name == "layers.svg"
+    with pytest.raises(ValueError, match=r"graph.txt ends in .txt; a drawing is one of .svg, .png, .pdf, .dot"):
+        draw_graph(model, str(tmp_path / "graph.txt"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.svg", "layers.svg"]
 
 
 @pytest.mark.parametrize("method", [GMP(2, scope="global"), SNIP()], ids=lambda m: m.name)

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from passes import trace
 from sparsify import Method, RigL, flop_report, fold, graph_table, graphs, sparsify
+from sparsify.scores import LayerState
 
 BAD_CALLS = {
     "no budget": ({}, "exactly one of density and flops"),
@@ -30,6 +32,7 @@ BAD_CALLS = {
     "unreachable flops": ({"flops": 0.01, "distribution": "uniform", "inputs": (1, 3, 8, 8)}, "cannot be met"),
     "distribution": ({"density": 0.1, "distribution": "erd"}, "known are uniform, er, erk. Did you mean 'er"),
     "method": ({"density": 0.1, "method": "rigel"}, "Did you mean 'rigl'"),
+    "method that is not called": ({"density": 0.1, "method": RigL}, r"Call it: RigL\(\)\."),
     "init": ({"density": 0.1, "init": "fan-in"}, "Did you mean 'fan_in'"),
     "exclude": ({"density": 0.1, "exclude": ["cnv1*"]}, "matches no weight; the nearest weight is"),
     "pattern": ({"density": {"head.*": 0.1}}, "matches no weight"),
@@ -118,6 +121,25 @@ def test_bad_methods(options: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         RigL(**options)
     assert isinstance(RigL(), Method)
+
+
+def total(layer: LayerState) -> torch.Tensor:
+    return layer.weight.sum()
+
+
+@pytest.mark.parametrize("score", ["drop_score", "growth_score"])
+def test_scores_of_another_shape_are_named(score: str) -> None:
+    rigl = RigL(interval=1)
+    model = sparsify(
+        SmallNet(), 0.5, method=replace(rigl, name="mine", updates=replace(rigl.updates, **{score: total}))
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.updater.attach(optimizer, total_steps=10)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"'mine': total returned \(\) for .* of shape \(.*a tensor of the weight's shape"
+    ):
+        optimizer.step()
 
 
 def test_bad_state_dicts() -> None:

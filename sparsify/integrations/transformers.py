@@ -12,10 +12,16 @@ class SparseTraining(TrainerCallback):
 
     The Trainer's own checkpoints hold masks, step and schedule; `resume_from_checkpoint` goes on exactly.
 
+    Args:
+        log: whether to add `updater.scalars()` to the log.
+
     Example:
         >>> from transformers import Trainer
         >>> Trainer(model=sparse_model, args=args, callbacks=[SparseTraining()])  # doctest: +SKIP
     """
+
+    def __init__(self, log: bool = True) -> None:
+        self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach."""
@@ -27,7 +33,7 @@ class SparseTraining(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add to the Trainer's history, and to what callbacks after this one see."""
-        for updater in updaters_of(kwargs["model"]).values():
+        for updater in updaters_of(kwargs["model"]).values() if self.log else ():
             scalars = updater.scalars()
             for record in (state.log_history[-1], logs or {}):
                 record.update(scalars)
