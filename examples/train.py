@@ -108,7 +108,7 @@ def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False,
     checkpoint = folder / f"{run.name}.pt"
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     updater = model._modules.get("updater")
-    saved = load_checkpoint(checkpoint, map_location=DEVICE, **parts) or {"epoch": 0, "seconds": 0.0}
+    saved = load_checkpoint(checkpoint, **parts) or {"epoch": 0, "seconds": 0.0}
     first, seconds = saved["epoch"], saved["seconds"]
     if updater is not None:
         updater.attach(optimizer, total_steps=total)

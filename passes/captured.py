@@ -4,7 +4,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
@@ -26,6 +26,7 @@ class Captured(fx.GraphModule):
 
     _graphs: dict[bool, fx.Graph]
     _forwards: dict[bool, Callable[..., Any]]
+    _lineno_map: ClassVar[dict[int, int]] = {}  # dynamo asks which nodes the lines of `forward` are: none
 
     @property
     def _graph(self) -> fx.Graph:  # what GraphModule's own property `graph` reads and writes

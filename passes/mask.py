@@ -42,6 +42,24 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor
 
 
+def any_dropped(tensor: Tensor, mask: Tensor) -> bool:
+    """Tell whether `tensor` is anything but 0 where `mask` is False; waits for the device, and knows nothing of meta tensors.
+
+    Args:
+        tensor: any shape; of a sharded one, the part of this rank is looked at.
+        mask: bool, the same shape, whole.
+
+    Returns:
+        True if any dropped element is not 0.
+
+    Example:
+        >>> any_dropped(torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+        False
+    """
+    dropped = local(tensor).ne(0).logical_and_(~own_part(mask, tensor))
+    return not dropped.is_meta and bool(dropped.any())
+
+
 def _can_mask_bits(tensor: Tensor, mask: Tensor) -> bool:
     dense = tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.element_size() in _INTEGERS
     return dense and _same_layout(tensor, mask)
@@ -74,6 +92,19 @@ class MaskGradient(torch.autograd.Function):
         return torch.where(mask, grad, 0), None
 
 
+class MaskTangent(MaskGradient):
+    """The same with forward-mode derivatives (torch.func.jvp, hessian), which torch.compile does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return torch.where(ctx.saved_tensors[0], tangents[0], 0)
+
+
 # torch binds the arguments of every `apply` to this signature; without it, it would work the signature out each time.
 MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -82,8 +113,9 @@ class Mask(nn.Module):
     """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
 
     The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation
-    applies the mask, so that averaged or tampered weights stay sparse. While `dense_gradient` is set, training returns
-    the parameter itself and its `.grad` is dense.
+    applies the mask, so that averaged or tampered weights stay sparse, and so do copies in training until they are attached to
+    an optimizer themselves, since nobody keeps an average masked. While `dense_gradient` is set, training returns the
+    parameter itself and its `.grad` is dense.
 
     Args:
         mask: bool, the shape and strides of its weight.
@@ -97,6 +129,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", mask)
         self.nonzeros = nonzeros
         self.dense_gradient = False
+        self.is_copy = False  # of which nobody keeps the weight masked
 
     @property
     def nonzeros(self) -> int:
@@ -127,9 +160,12 @@ class Mask(nn.Module):
         """
         if transformed and self.training and self.dense_gradient:
             return weight - torch.where(self.mask, 0, weight).detach()  # masked; its gradient is not
-        if transformed or not self.training:
+        if transformed or self.is_copy or not self.training:
             return torch.where(self.mask, weight, 0)
-        return weight if self.dense_gradient else MaskGradient.apply(weight, self.mask)
+        if self.dense_gradient:
+            return weight
+        function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
+        return function.apply(weight, self.mask)
 
     def extra_repr(self) -> str:
         """Name the density and the count."""
@@ -137,7 +173,7 @@ class Mask(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
-        return {**vars(self), "dense_gradient": False, "_counted": None}
+        return {**vars(self), "dense_gradient": False, "is_copy": True, "_counted": None}
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

@@ -22,7 +22,7 @@ from sparsify.layouts import ELEMENTS
 from sparsify.method import Goal, Method
 from sparsify.methods import METHODS
 from sparsify.ranks import ignore_in_ddp
-from sparsify.updater import Updater
+from sparsify.updater import Updater, updater_of
 
 Patterns = Mapping[str, float]
 
@@ -153,11 +153,11 @@ def fold(model: nn.Module) -> nn.Module:
         >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
         ('Sequential', 32, ['0.weight', '0.bias'])
     """
-    if not isinstance(model, nn.Module) or not masks_of(model) or "updater" not in model._modules:
+    if not isinstance(model, nn.Module) or not masks_of(model) or not updater_of(model):
         raise ValueError("fold() takes a model that sparsify() returned itself; this one has no masks of its own.")
     plain = copy.deepcopy(model)
-    updater = plain.get_submodule("updater")
-    assert isinstance(updater, Updater)
+    updater = updater_of(plain)
+    assert updater is not None
     if not updater.pruned:
         raise ValueError(
             f"Nothing is pruned yet: method {updater.method.name!r} starts dense and prunes while it trains. Train first; "

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from passes.mask import masks_of, zero_dropped_
+from passes.mask import any_dropped, masks_of, zero_dropped_
 from sparsify import optimizers as opt
-from sparsify.method import Goal, Method
 from sparsify.scores import LayerState
 from sparsify.update import Bound, observe, update_layers
 
@@ -24,23 +23,24 @@ class Attachment:
         updater: of the model; it holds method, schedule and everything that a `state_dict` has to hold.
         model: the masked model.
         optimizer: made from the model's parameters.
-        exposed: names of the weights that Python code outside the graphs may read past their mask.
         step: the optimizer steps taken so far.
     """
 
-    def __init__(
-        self, updater: "Updater", model: nn.Module, optimizer: Optimizer, exposed: list[str], step: int
-    ) -> None:
+    def __init__(self, updater: "Updater", model: nn.Module, optimizer: Optimizer, step: int) -> None:
         self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
-        self.rehearses = False
-        self.exposed = exposed
+        self._idle = False  # whether the step under way is none of training
+        self._new = True  # whether weights, masks or state may have come from elsewhere since the last step
+        self._look, self._looked = (
+            True,
+            False,
+        )  # whether to look for gradients of dropped weights, and whether that was done
         self._bind()
+        _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
         # Python decides what a step does, in compiled steps too.
         self._handles = (
             optimizer.register_step_pre_hook(_not_compiled(self._before_step)),
             optimizer.register_step_post_hook(_not_compiled(self._after_step)),
         )
-        _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
 
     def _bind(self) -> None:
         """Find the masked weights among the optimizer's parameters."""
@@ -49,14 +49,11 @@ class Attachment:
         weights = {name: (self.model.get_parameter(name), mask) for name, mask in masks_of(self.model).items()}
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
         # Those that an ordinary step may move off 0.
-        self.corrected = [b for b in self.bound if not opt.keeps_zeros(self.optimizer) or b.name in self.exposed]
-
-    @torch.no_grad()
-    def mask_everything(self) -> None:
-        """Set dropped weights and what the optimizer keeps for them to 0, after masks came from elsewhere."""
+        known = opt.keeps_zeros(self.optimizer)
+        self._corrected = [b for b in self.bound if not known or self.updater.is_exposed(b.name)]
+        self._versions: list[int] = []  # of the weights after the last step; every write in place raises them
         for b in self.bound:
-            for tensor in (b.weight, *opt.state_tensors(self.optimizer, b.weight)):
-                zero_dropped_(tensor, b.mask.mask)
+            b.mask.is_copy = False
 
     def remove(self) -> None:
         """Let go of the optimizer."""
@@ -67,6 +64,12 @@ class Attachment:
     def settle(self) -> None:
         """Derive from the step whether the next gradients have to be dense."""
         self._set_dense_gradients(self._dense_at(self.step + 1))
+
+    def renew(self) -> None:
+        """Before the next step, look at weights, masks and state as if just attached: something was loaded."""
+        self._new = self._look = True
+        self._looked = False
+        self.settle()
 
     def _set_dense_gradients(self, dense: bool) -> None:
         for b in self.bound:
@@ -81,50 +84,82 @@ class Attachment:
         return updates is not None and updates.dense_at(step, self.updater.total_steps)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self.rehearses = opt.is_rehearsal(optimizer, args, kwargs)
-        if self.rehearses:
+        self._idle = opt.is_idle(optimizer, args, kwargs)
+        if self._idle:
             return None
         if self.groups != opt.group_sizes(optimizer):  # add_param_group
             self._bind()
             self.settle()
-        self.updater.compare_once()
-        updates, step = self.updater.method.updates, self.step + 1
-        if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
-            return None
-        observes = updates.momentum is not None or updates.dense_gradients == "always"
-        changes = updates.replaces_step() and self._updates_at(step)
-
-        def action() -> None:
-            if observes:
-                self._observe()
-            if changes:
-                self._update(step)
-
-        return opt.before_step(optimizer, args, kwargs, action) if observes or changes else None
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.rehearses:
-            return
-        self.step += 1
-        step, updates = self.step, self.updater.method.updates
-        changed = self._updates_at(step)
-        if not (changed and updates and updates.replaces_step()):
-            _zero_all_dropped(self.corrected)
-            if changed:
-                self._update(step)
-        if changed:
-            opt.forget_history(optimizer)
-        if self._dense_at(step + 1) != self._dense_at(step):
-            self.settle()
+        if self._new:
+            _check_bound(self.model, self.bound)
+            self.updater.compare_once()
+        self._mask_what_others_wrote()
+        return opt.before_step(optimizer, args, kwargs, self._act)
 
     @torch.no_grad()
-    def _observe(self) -> None:
-        assert self.updater.method.updates is not None
-        for b in self.bound:
-            observe(self.updater.method.updates, b, self.updater.momentum(b.name), self.optimizer)
+    def _mask_what_others_wrote(self) -> None:
+        """Set dropped weights back to 0 where something else than a step wrote to them, and their state if it may be new."""
+        versions = [b.weight._version for b in self.bound]
+        for b, version, own in zip(self.bound, versions, self._versions or [-1] * len(versions), strict=True):
+            if version != own:
+                zero_dropped_(b.weight, b.mask.mask)
+            if self._new and not opt.stands_still(self.optimizer):
+                for tensor in opt.state_tensors(self.optimizer, b.weight):
+                    zero_dropped_(tensor, b.mask.mask)
 
-    def _update(self, step: int) -> None:
-        """Change the topology: after an ordinary step, or instead of it."""
+    @torch.no_grad()
+    def _act(self) -> None:
+        """Do what a step does instead of the optimizer's, or before it; the gradients are there."""
+        updates, step = self.updater.method.updates, self.step + 1
+        if self._look and not self._dense_at(step):
+            self._look_for_strays()
+        if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
+            return
+        if updates.momentum is not None or updates.dense_gradients == "always":
+            for b in self.bound:
+                observe(updates, b, self.updater.momentum(b.name), self.optimizer)
+        if updates.replaces_step() and self._updates_at(step):
+            self._idle = not self._update(step)
+            opt.skip_step(self.optimizer)
+
+    def _look_for_strays(self) -> None:
+        """From now on correct weights after every step if their gradient is not 0 where they are dropped.
+
+        Something writes to gradients then, as penalties and hooks do. Where ranks were seen to agree before and gradients were
+        clean, it is the ranks' masks that differ: what one drops and another keeps has the mean of their gradients.
+        """
+        gradients = [(b, opt.dense_gradient(self.optimizer, b.weight)) for b in self.bound if b not in self._corrected]
+        strays = [b for b, gradient in gradients if gradient is not None and any_dropped(gradient, b.mask.mask)]
+        if strays and self._looked and self.updater.trains_with_others():
+            raise RuntimeError(
+                f"{strays[0].name} has a gradient where it is dropped, which it had not before the last update. Ranks hold "
+                f"different masks, which updater.compare_ranks() names and updater.synchronize() mends; or something writes to "
+                f"gradients since then, which is corrected after updater.detach(keep_step=True) and attach()."
+            )
+        self._corrected += strays
+        self._look, self._looked = False, True
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        opt.end_skip(optimizer)
+        if self._idle:
+            return
+        self.step += 1
+        self._new = False
+        step, updates = self.step, self.updater.method.updates
+        changes = self._updates_at(step)
+        if not (changes and updates and updates.replaces_step()):
+            _zero_all_dropped(self._corrected)
+            if changes:
+                self._update(step)
+        if changes:
+            opt.forget_history(optimizer)
+            self._look = self.updater.skipped.device.type == "cpu"  # elsewhere looking would wait for the device
+        if self._dense_at(step + 1) != self._dense_at(step):
+            self.settle()
+        self._versions = [b.weight._version for b in self.bound]
+
+    def _update(self, step: int) -> bool:
+        """Change the topology, after an ordinary step or instead of it; False if that has to be tried again."""
         method = self.updater.method
         assert method.updates is not None
         _check_bound(self.model, self.bound)
@@ -133,9 +168,7 @@ class Attachment:
         done = update_layers(method, layers, amount, self.optimizer, self.updater.skipped)
         if done:
             self.updater.record(step)
-        if method.updates.replaces_step():
-            opt.skip_step(self.optimizer)
-            self.step -= not done  # a step that neither trained nor updated does not count
+        return done
 
     def _state(self, b: Bound, step: int) -> LayerState | None:
         """Return what the update sees of a weight; None if there is nothing to change or to go by."""
@@ -155,8 +188,19 @@ class Attachment:
                 )
             if gradient is None:
                 return None
-        counts, where = (mask.nonzeros, goal.target, goal.unit), (goal.out_dim, gradient, self.updater.momentum(b.name))
-        return LayerState(b.name, b.weight, mask.mask, *counts, *where, step, self.updater.seed)
+        return LayerState(
+            b.name,
+            b.weight,
+            mask.mask,
+            nonzeros=mask.nonzeros,
+            target=goal.target,
+            unit=goal.unit,
+            out_dim=goal.out_dim,
+            gradient=gradient,
+            momentum=self.updater.momentum(b.name),
+            step=step,
+            seed=self.updater.seed,
+        )
 
 
 _LONGEST = 1_000_000  # steps: how far to look for a run with an update, since a record may have none at any length
@@ -166,8 +210,9 @@ def _not_compiled(hook: Callable[..., Any]) -> Any:
     return torch.compiler.disable(hook)
 
 
-def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
+def check_attach(updater: "Updater", model: nn.Module, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
     """Raise unless the optimizers can drive the updates of this model for so many steps."""
+    method = updater.method
     if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
         raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
     if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
@@ -186,9 +231,13 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
             f"{f'; the first comes with {least}' if least else ''}. Lower its interval or train longer; method='static' never "
             f"updates."
         )
-    masks, updater = masks_of(model), model.get_submodule("updater")
-    goals: dict[str, Goal] = {} if method.counts_vary() else updater.goals  # pyright: ignore[reportAssignmentType]
-    for name, goal in goals.items():
+    if any(hasattr(parameter, "_is_flat_param") for parameter in model.parameters()):
+        raise ValueError(
+            "The model is sharded by FullyShardedDataParallel, which flattens its weights. Shard it by fully_shard() instead, "
+            "then make the optimizer and attach."
+        )
+    masks = masks_of(model)
+    for name, goal in ({} if method.counts_vary() else updater.goals).items():
         if name in masks and masks[name].nonzeros != goal.target:
             raise ValueError(
                 f"The mask of {name} keeps {masks[name].nonzeros} weights and should keep {goal.target}: it was written to, or "
@@ -196,6 +245,11 @@ def check_attach(model: nn.Module, method: Method, optimizers: tuple[Optimizer, 
             )
     own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
     weights = {name: model.get_parameter(name) for name in masks}
+    if views := [name for name, weight in weights.items() if weight.shape != masks[name].mask.shape]:
+        raise ValueError(
+            f"{views[0]} has the shape {tuple(weights[views[0]].shape)} and its mask {tuple(masks[views[0]].mask.shape)}, as "
+            f"FullyShardedDataParallel leaves it. Shard the model by fully_shard() instead, then make the optimizer and attach."
+        )
     if missing := [name for name, weight in weights.items() if weight.requires_grad and weight not in own]:
         raise ValueError(
             f"The optimizers do not hold {len(missing)} of {len(weights)} masked weights: {', '.join(missing[:5])}"
@@ -210,8 +264,8 @@ def _check_bound(model: nn.Module, bound: list[Bound]) -> None:
     for b in bound:
         if masks.get(b.name) is not b.mask or model.get_parameter(b.name) is not b.weight:
             raise RuntimeError(
-                f"{b.name} was replaced while the updater is attached. Call updater.detach(), make an optimizer for the "
-                f"model as it is now, and attach that."
+                f"{b.name} was replaced while the updater is attached, as fully_shard() and load_state_dict(assign=True) do. "
+                f"Call updater.detach(), make an optimizer for the model as it is now, and attach that."
             )
 
 

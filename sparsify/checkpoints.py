@@ -1,5 +1,6 @@
 """Checkpoints: everything that training needs to go on exactly, in one file that is never half-written."""
 
+import collections
 import copy
 import os
 import pickle
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from passes.shards import is_sharded
 from sparsify.files import replacing
@@ -56,12 +58,11 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
         torch.save({**state, _RNG: generators, _LOADED: [k for k, part in parts.items() if _has_state(part)]}, partial)
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", **parts: Any) -> dict[str, Any] | None:
+def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any] | None:
     """Take over what `save_checkpoint` wrote.
 
     Args:
-        path: of the file.
-        map_location: where tensors are loaded before they are copied.
+        path: of the file; its tensors are loaded to the CPU and copied to where the parts have theirs.
         **parts: what has a `load_state_dict`, by the names it was saved under. Attach the updater before or after.
 
     Returns:
@@ -73,7 +74,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
     """
     if not Path(path).exists():
         return None
-    state = _read(path, map_location)
+    state = _read(path)
     generators, loaded = state.pop(_RNG), state.pop(_LOADED)
     if set(loaded) != set(parts):
         raise ValueError(
@@ -99,9 +100,9 @@ def _has_state(part: Any) -> bool:
     return callable(getattr(part, "state_dict", None))
 
 
-def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no checkpoint, or damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not state.keys() >= _OWN:
@@ -113,20 +114,22 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+_VALUES = (torch.Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type(None))
+_MAPPINGS, _SEQUENCES = (dict, collections.OrderedDict, collections.Counter), (list, tuple, set)
+
+
 def _check_plain(name: str, value: Any) -> None:
-    """Raise unless a value can be read without running code from the file."""
-    if isinstance(value, dict):
+    """Raise unless a value can be read without running code from the file; what inherits from plain types cannot."""
+    if type(value) in _MAPPINGS:
         for key, item in value.items():
+            _check_plain(f"the key {key!r} of {name}", key)
             _check_plain(f"{name}[{key!r}]", item)
-    elif isinstance(value, (list, tuple, set)):
+    elif type(value) in _SEQUENCES:
         for i, item in enumerate(value):
             _check_plain(f"{name}[{i}]", item)
     elif is_sharded(value):
         raise ValueError(f"{name} is sharded over ranks. Save it with torch.distributed.checkpoint.")
-    elif (
-        not isinstance(value, (torch.Tensor, bool, int, float, complex, str, bytes, type(None)))
-        or type(value).__module__ == "numpy"
-    ):
+    elif type(value) not in _VALUES:
         raise ValueError(
             f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers and text. Convert it first."
         )

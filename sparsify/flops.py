@@ -15,6 +15,7 @@ from passes.sites import leaf_weights
 from sparsify.method import Method
 from sparsify.report import FlopReport, Layer
 from sparsify.spending import NOMINAL_STEPS, forecast
+from sparsify.updater import updater_of
 
 
 def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
@@ -67,7 +68,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
 
 def _training_of(model: nn.Module) -> tuple[Method | None, dict[str, int], int]:
     """Return the method, the counts it will end with where it still prunes, and the steps to forecast."""
-    updater: Any = model._modules.get("updater")
+    updater = updater_of(model)
     if updater is None:
         return None, {}, 0
     goals = {} if updater.pruned_all else {name: goal.target for name, goal in updater.goals.items()}
@@ -136,7 +137,8 @@ _OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
 
 def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
     masks = masks_of(model)
-    rules: dict[str, str] = getattr(model._modules.get("updater"), "rules", {})
+    updater = updater_of(model)
+    rules = updater.rules if updater else {}
     hidden = {w: op for module in model.modules() for _, w, op in leaf_weights(module)}
     rows = []
     for name, weight in model.named_parameters():
@@ -170,10 +172,10 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
 
 def _why_unknown(model: nn.Module, name: str) -> str:
     """Say why a product reads a parameter that `sparsify` neither masked nor ruled out."""
-    updater = model._modules.get("updater")
-    if not isinstance(updater, nn.Module):
+    updater = updater_of(model)
+    if updater is None:
         return ""
-    if name in getattr(updater, "replaced", ()):
+    if name in updater.replaced:
         return "replaced after sparsify"
     return "a product reads it that no graph shows as a weight's, or its layer was added after sparsify"
 

@@ -20,10 +20,15 @@ from sparsify.topology import drop_and_grow, highest_of_rows, lowest, select
 Exchange = Callable[
     [LayerState, Tensor, Tensor | None, int, int], Tensor
 ]  # (layer, leaving, coming, drop, grow) -> mask
+Allows = Callable[[Tensor, int | None], bool]  # (mask, its dimension that indexes outputs) -> whether it is one
 
 
 def _one(site: Site) -> int:
     return 1
+
+
+def _any_mask(mask: Tensor, out_dim: int | None) -> bool:
+    return True
 
 
 def _nothing(site: Site) -> str:
@@ -38,6 +43,7 @@ class Layout:
     count: Callable[[Site, float], int]  # how many weights a density keeps
     draw: Callable[[Site, int, int], Tensor]  # (site, count, seed): a random mask, on the CPU
     exchange: Exchange
+    allows: Allows = _any_mask
     unit: Callable[[Site], int] = _one  # weights that are dropped or grown together
     refuse: Callable[[Site], str] = _nothing  # why a weight cannot have such a mask
     fixed: str = ""  # what decides the counts instead of a density, if anything does
@@ -94,7 +100,12 @@ def _spread(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape).contiguous()
 
 
-KERNELS = Layout("kernels", _kernel_count, _draw_kernels, _exchange_kernels, _kernel_size)
+def _whole_kernels(mask: Tensor, out_dim: int | None) -> bool:
+    kernels = mask.reshape(*mask.shape[:2], -1)
+    return bool((kernels == kernels[..., :1]).all())
+
+
+KERNELS = Layout("kernels", _kernel_count, _draw_kernels, _exchange_kernels, _whole_kernels, _kernel_size)
 
 
 # Rows: as many weights in each of the rows that a weight is cut into.
@@ -148,6 +159,7 @@ def fan_in(ablation: float, inputs: int | None = None) -> Layout:
         partial(_fan_in_count, inputs),
         _draw_fan_in,
         partial(_exchange_fan_in, ablation),
+        _one_fan_in,
         refuse=_refuse_unknown,
         fixed=f"fan_in={inputs}" if inputs else "",
         exact=False,
@@ -194,6 +206,12 @@ def _exchange_fan_in(
     return _from_outputs(new, layer.mask.shape, layer.out_dim)
 
 
+def _one_fan_in(mask: Tensor, out_dim: int | None) -> bool:
+    assert out_dim is not None
+    counts = _outputs(mask, out_dim).sum(1)
+    return bool(((counts == 0) | (counts == counts.max())).all())
+
+
 def n_of_m(n: int, m: int) -> Layout:
     """Keep exactly `n` of every `m` consecutive inputs, as sparse tensor cores want them (arXiv 2102.04010).
 
@@ -210,6 +228,7 @@ def n_of_m(n: int, m: int) -> Layout:
         partial(_group_count, n, m),
         partial(_draw_groups, n, m),
         partial(_exchange_groups, n, m),
+        partial(_n_in_each, n, m),
         refuse=partial(_refuse_uneven, m),
         fixed=f"{n} of every {m}",
     )
@@ -232,6 +251,11 @@ def _exchange_groups(
     rows = partial(_groups, out_dim=layer.out_dim, size=m)
     kept = select(leaving, lowest, drop, among=layer.mask).logical_xor_(layer.mask)
     return _from_groups(_refill(rows(kept), rows(leaving), rows(coming), n), layer.mask.shape, layer.out_dim)
+
+
+def _n_in_each(n: int, m: int, mask: Tensor, out_dim: int | None) -> bool:
+    assert out_dim is not None
+    return bool((_groups(mask, out_dim, m).sum(1) == n).all())
 
 
 def _refuse_uneven(m: int, site: Site) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsify.flops import flop_report
 from sparsify.spending import Spending, forecast, spend_along
+from sparsify.updater import updater_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def cost_ledger(model: nn.Module, inputs: Any) -> CostLedger:
         >>> cost_ledger(model, (1, 10)).training_ratio
         0.5
     """
-    updater: Any = model._modules.get("updater")
+    updater = updater_of(model)
     if updater is None or not updater.step:
         raise ValueError(
             "cost_ledger() takes a model that sparsify() returned, attached and trained for a step at least."

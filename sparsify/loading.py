@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from passes.mask import Mask, masks_of, zero_dropped_
 from sparsify.history import State
-from sparsify.layouts import ELEMENTS
 from sparsify.method import Method
+
+if TYPE_CHECKING:
+    from sparsify.updater import Updater
 
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
+    from sparsify.updater import updater_of
+
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
     saved = {name: state_dict[key] for name in masks if (key := f"{prefix}{name}_mask.mask") in state_dict}
@@ -25,28 +29,26 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
             raise ValueError(
                 f"The state_dict's mask of {name} is {found}, the model's is {tuple(own.shape)} torch.bool."
             )
-    state = state_dict.get(f"{prefix}updater._extra_state")
-    counts = _check_training(model, State.decode(state)) if state is not None else {}
-    layout = getattr(getattr(model._modules.get("updater"), "method", None), "layout", ELEMENTS)
-    if state is None and layout is not ELEMENTS and saved:
-        raise ValueError(
-            f"These masks come without the state of training, and the model's method keeps masks of {layout.name}, which they "
-            f"may not be. Load them into a model with method='static' or 'rigl'."
-        )
+    state, updater = state_dict.get(f"{prefix}updater._extra_state"), updater_of(model)
+    counts = _check_training(updater, State.decode(state)) if state is not None and updater is not None else {}
     for name, mask in saved.items():
-        total = int(mask.sum()) if not mask.is_meta else None
-        if total is not None and total != counts.get(name, total or None):
+        if mask.is_meta:
+            continue
+        total = int(mask.sum())
+        if total != counts.get(name, total or None):
             raise ValueError(
                 f"The state_dict's mask of {name} keeps {total} weights, its own count says {counts.get(name)}: "
                 f"the file is damaged or was edited."
             )
+        if updater is not None and not updater.method.layout.allows(mask, updater.goals[name].out_dim):
+            raise ValueError(
+                f"The state_dict's mask of {name} is none of {updater.method.layout.name}, which the model's method keeps. "
+                f"Load it into a model with method='static' or 'rigl'."
+            )
 
 
-def _check_training(model: nn.Module, state: State) -> dict[str, int]:
+def _check_training(updater: "Updater", state: State) -> dict[str, int]:
     """Raise if a state_dict is of another method or density; return the counts that it says its masks have."""
-    updater: Any = model._modules.get("updater")
-    if updater is None:
-        return {}
     otherwise = "or take over its masks alone: sparsify(model, masks={parameter name: mask})"
     if len(state.nonzeros) != len(updater.goals):
         raise ValueError(
@@ -68,11 +70,13 @@ def _check_training(model: nn.Module, state: State) -> dict[str, int]:
 
 def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """Make counts, zeros and the updater follow what was loaded."""
+    from sparsify.updater import updater_of
+
     for name, mask in masks_of(model).items():
         if not mask.mask.is_meta:
             with torch.no_grad():
                 zero_dropped_(model.get_parameter(name), mask.mask)
-    updater: Any = model._modules.get("updater")
+    updater = updater_of(model)
     if updater is None:
         return
     missing = incompatible_keys.missing_keys

@@ -5,6 +5,7 @@ Nothing is patched: hooks are the official ones, and what an optimizer keeps per
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,22 @@ from passes.shards import whole
 # With a gradient of zero and a state of zero these leave a weight of zero at zero.
 _KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS".split())
 
+# With a gradient of zero these leave any weight where it is, whatever their state, which need not begin at zero.
+_STAND_STILL = frozenset("Rprop Adagrad".split())
+
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer is known to leave dropped weights at 0 (Muon, for one, moves them at once)."""
-    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _KEEP_ZEROS
+    return _is_torch(optimizer) and type(optimizer).__name__ in _KEEP_ZEROS
+
+
+def stands_still(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is known to move nothing that has a gradient of 0, by momentum for one."""
+    return _is_torch(optimizer) and type(optimizer).__name__ in _STAND_STILL
+
+
+def _is_torch(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim")
 
 
 def parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -33,24 +46,34 @@ def group_sizes(optimizer: Optimizer) -> list[int]:
 
 
 def state_tensors(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
-    """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape."""
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape:
-            yield value
+    """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape.
+
+    Some leave that to an optimizer of their own (ZeroRedundancyOptimizer, Lookahead).
+    """
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    for holder in (optimizer, *inner):
+        for value in holder.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                yield value
 
 
 def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
     """Return the gradient of a weight as the loss has it: a fused optimizer under GradScaler still holds it scaled."""
+    gradient = weight.grad if weight.grad is not None else _SKIPPED.get(optimizer, {}).get(weight)
     scale = getattr(optimizer, "grad_scale", None)
-    return weight.grad if weight.grad is None or scale is None else weight.grad / scale
+    return gradient if gradient is None or scale is None else gradient / scale
 
 
-def is_rehearsal(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a step is none of training: rates and gradients are all 0, and no closure will make others.
+def is_idle(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a step is none of training, as far as the host knows without waiting.
 
-    torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps. Rates are the same on all ranks, so
-    those that shard gradients ask together.
+    Either a fused optimizer is about to skip it, for a gradient that overflowed; or rates and gradients are all 0, and no
+    closure will make others: torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps. Rates are
+    the same on all ranks, so those that shard gradients ask together.
     """
+    overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler
+    if isinstance(overflow, Tensor) and overflow.device.type == "cpu" and overflow:
+        return True
     if _closure(args, kwargs) is not None:
         return False
     rates = [group.get("lr") for group in optimizer.param_groups]
@@ -60,10 +83,21 @@ def is_rehearsal(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return bool(gradients) and not any(bool(whole(gradient).any()) for gradient in gradients)
 
 
+_SKIPPED: WeakKeyDictionary[Optimizer, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
+
+
 def skip_step(optimizer: Optimizer) -> None:
     """Make the optimizer's step do nothing: parameters without a gradient are left alone, state included."""
+    gradients = _SKIPPED.setdefault(optimizer, {})
     for parameter in parameters(optimizer):
-        parameter.grad = None
+        if parameter.grad is not None:
+            gradients[parameter], parameter.grad = parameter.grad, None
+
+
+def end_skip(optimizer: Optimizer) -> None:
+    """Give the parameters back the gradients that `skip_step` took away."""
+    for parameter, gradient in _SKIPPED.pop(optimizer, {}).items():
+        parameter.grad = gradient
 
 
 def forget_history(optimizer: Optimizer) -> None:

@@ -45,9 +45,9 @@ def ignore_in_ddp(model: nn.Module, ignore: bool = True) -> None:
         vars(model)[_IGNORED] = names
 
 
-def is_distributed() -> bool:
-    """Tell whether this process trains beside others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def is_distributed(group: Any = None) -> bool:
+    """Tell whether this process trains beside others of a group; None is all."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def check_same(updater: "Updater", model: nn.Module, group: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from passes.mask import Mask, masks_of
 from passes.shards import is_sharded
 from sparsify.files import replacing
+from sparsify.updater import updater_of, updaters_of
 
 _FORMAT, _VERSION = "sparsify", "1"
 _BITS = "#mask"
@@ -54,10 +55,8 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     serialize = _safetensors().torch.save_file
     masks = masks_of(model)
-    if not masks or "updater" not in model._modules:
-        inside = [path for path, module in model.named_modules() if "updater" in module._modules]
-        hint = f"it is inside, at {inside[0]!r}" if inside else "this one has no masks"
-        raise ValueError(f"save_sparse() takes the model that sparsify() returned; {hint}.")
+    if not masks or not updater_of(model):
+        raise ValueError(f"save_sparse() takes the model that sparsify() returned; {_where_it_is(model)}.")
     names: dict[int, str] = {}  # of tensors that several names share
     state = {name: (value, names.setdefault(id(value), name)) for name, value in _network(model).items()}
     shared = {name: first for name, (_, first) in state.items() if first != name}
@@ -93,6 +92,10 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             named and nothing was changed.
         ImportError: the package safetensors is not there.
     """
+    if updaters_of(model) and not updater_of(model):
+        raise ValueError(
+            f"load_sparse() takes the dense model or the one that sparsify() returned; {_where_it_is(model)}."
+        )
     state, masks = read_sparse(path)
     own = _network(model)
     for name in dict.fromkeys([*own, *state]):
@@ -115,11 +118,15 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for where, mask in model.named_modules(remove_duplicate=False):  # tied weights have several paths
             if isinstance(mask, Mask):
                 state[f"{where}.mask"] = masks.get(names[mask], torch.ones(mask.mask.shape, dtype=torch.bool))
-        updater: Any = model._modules.get("updater")
-        if updater is not None:
-            updater.detach()
     model.load_state_dict(state, strict=False)
+    if updater := updater_of(model):
+        updater.detach()
     return model
+
+
+def _where_it_is(model: nn.Module) -> str:
+    inside = list(updaters_of(model))
+    return f"it is inside, at {inside[0]!r}" if inside else "this one has no masks"
 
 
 def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,17 +180,17 @@ class Updater(nn.Module):
         """
         if self._attached:
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
-        check_attach(self._model[0], self.method, optimizers, total_steps)
+        check_attach(self, self._model[0], optimizers, total_steps)
         if self._total_steps not in (0, total_steps):
             warnings.warn(changed_schedule(self.method, self.step, self._total_steps, total_steps), stacklevel=2)
         if self.skipped.is_meta:  # of a model whose tensors came from a load
             self.skipped = torch.zeros_like(self.skipped, device=next(iter(self.masks.values())).device)
         steps = self._clocks()
         self._total_steps, self._process_group = total_steps, process_group
-        for i, optimizer in enumerate(optimizers):
-            exposed = [name for name in self.goals if self._is_exposed(name)]
-            step = steps[i] if i < len(steps) else max(steps)
-            self._attached.append(Attachment(self, self._model[0], optimizer, exposed, step))
+        self._attached = [
+            Attachment(self, self._model[0], optimizer, step)
+            for optimizer, step in zip(optimizers, _clocks_for(optimizers, steps), strict=True)
+        ]
         if self.step == 0:
             self._history = History(self.goals)
             self.record(0)
@@ -222,7 +222,7 @@ class Updater(nn.Module):
         Raises:
             RuntimeError: naming the first difference, on every rank.
         """
-        if ranks.is_distributed():
+        if self.trains_with_others():
             ranks.check_same(self, self._model[0], self._process_group)
 
     def synchronize(self) -> None:
@@ -235,14 +235,12 @@ class Updater(nn.Module):
             RuntimeError: torch.distributed is not initialized.
             ValueError: the model is sharded.
         """
-        if not ranks.is_distributed():
+        if not self.trains_with_others():
             raise RuntimeError(
                 "synchronize() is for several ranks: torch.distributed is not initialized here, or has one."
             )
         optimizers = [attachment.optimizer for attachment in self._attached]
         ranks.take_over(self, self._model[0], optimizers, self._process_group)
-        for attachment in self._attached:
-            attachment.mask_everything()
         self.settle()
 
     def remove(self) -> None:
@@ -253,10 +251,15 @@ class Updater(nn.Module):
             handle.remove()
         del self._model[0].updater
 
-    def _is_exposed(self, name: str) -> bool:
+    # What attachments call.
+
+    def is_exposed(self, name: str) -> bool:
+        """Tell whether Python code outside the graphs may read a weight past its mask."""
         return any(not path or name.startswith(f"{path}.") for path in self._opaque)
 
-    # What attachments call.
+    def trains_with_others(self) -> bool:
+        """Tell whether other processes train this model too."""
+        return ranks.is_distributed(self._process_group)
 
     def compare_once(self) -> None:
         """Compare ranks once after `attach` or a load, when all of them take a step."""
@@ -278,10 +281,10 @@ class Updater(nn.Module):
         return [a.step for a in self._attached] or self._steps
 
     def settle(self) -> None:
-        """Derive from the step whether the next gradients have to be dense, and compare ranks again, after a load."""
+        """After a load, derive from the step whether the next gradients have to be dense, and look at everything again."""
         self._compared = False
         for attachment in self._attached:
-            attachment.settle()
+            attachment.renew()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not attached: the hooks belong to the optimizers of the original.
@@ -314,7 +317,7 @@ class Updater(nn.Module):
                 stacklevel=2,
             )
         self.seed, self._steps = saved.seed, saved.clocks
-        for attachment, step in zip(self._attached, self._steps, strict=False):
+        for attachment, step in zip(self._attached, _clocks_for(self._attached, self._steps), strict=True):
             attachment.step = step
         if not self._attached:
             self._total_steps = saved.total_steps
@@ -325,10 +328,20 @@ class Updater(nn.Module):
         self.skipped.zero_()
 
 
+def updater_of(model: nn.Module) -> Updater | None:
+    """Return the updater of a model that `sparsify` returned, None of any other."""
+    found = model._modules.get("updater")
+    return found if isinstance(found, Updater) else None
+
+
 def updaters_of(module: nn.Module) -> dict[str, Updater]:
     """Return the updater of every sparsified model inside a module, itself included, by the path of the model."""
-    found = {path: child for path, child in module.named_modules() if isinstance(child, Updater)}
-    return {path.removesuffix("updater").rstrip("."): updater for path, updater in found.items()}
+    return {path: found for path, child in module.named_modules() if (found := updater_of(child))}
+
+
+def _clocks_for(optimizers: Sequence[Any], steps: Sequence[int]) -> list[int]:
+    """Return one step for each optimizer; those that no step is known of go by the latest."""
+    return [steps[i] if i < len(steps) else max(steps) for i in range(len(optimizers))]
 
 
 def _momentum_of(name: str) -> str:

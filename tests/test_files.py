@@ -237,7 +237,7 @@ BAD_LOADS = {
     ),
     "another layout": (
         lambda: sparsify(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)), 0.5, method=SRigL(), exclude=["1.*"]),
-        "keeps masks of fan-in",
+        "is none of fan-in, which",
     ),
     "dense by rule": (
         lambda: sparsify(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)), 0.5, exclude=["0.*"]),

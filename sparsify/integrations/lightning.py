@@ -33,7 +33,9 @@ class SparseTraining(Callback):
         self.log = log
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep masks out of what DDP, which will wrap the LightningModule, broadcasts."""
+        """Keep masks out of what DDP, which will wrap the LightningModule, broadcasts, and out of averages."""
+        if any(getattr(callback, "_use_buffers", False) for callback in trainer.callbacks):  # pyright: ignore
+            raise ValueError("Masks cannot be averaged: give the weight averaging callback use_buffers=False.")
         ignore_in_ddp(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,4 +51,4 @@ class SparseTraining(Callback):
         """Log."""
         if self.log:
             for path, updater in updaters_of(pl_module).items():
-                pl_module.log_dict({f"{path}/{name}": value for name, value in updater.scalars().items()})
+                pl_module.log_dict({f"{path}/{name}".lstrip("/"): v for name, v in updater.scalars().items()})
