@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.shards import whole
@@ -237,6 +239,50 @@ def _disagree(rank: int, how: str) -> str:
         assert all(torch.equal(v, weights[k]) for k, v in state(model).items())
         return str(error)
     return "trained"
+
+
+def drift(rank: int, how: str) -> None:
+    """Let masks drift apart long after the first step, and go on."""
+    model = make(RigL(3))
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=60)
+    ddp = DistributedDataParallel(model)
+    if how == "uneven":
+        with ddp.join():
+            train(ddp, optimizer, 6 + 5 * rank, slice(rank, None, 2))  # and nobody calls synchronize()
+    else:
+        train(ddp, optimizer, 6, slice(rank, None, 2))
+        mask = model.updater.masks["blocks.0.conv.weight"]
+        mask.copy_(mask.clone().roll(rank))
+    train(ddp, optimizer, 12, slice(rank, None, 2))
+
+
+def redundant(rank: int) -> list[str]:
+    """List the weights whose state at dropped positions is not 0 under an optimizer that holds another."""
+    model = make(RigL(2))
+    ddp = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+    model.updater.attach(optimizer, total_steps=40)
+    train(ddp, optimizer, 9, slice(rank, None, 2))
+    kept = {n: optimizer.optim.state.get(model.get_parameter(n), {}) for n in model.updater.masks}
+    assert any(kept.values())
+    masks = model.updater.masks
+    return [n for n, s in kept.items() if s and s["momentum_buffer"][~masks[n]].any()]
+
+
+def flat(rank: int) -> list[str]:
+    """Shard a sparsified model by flattening, both ways, and return what attaching says."""
+    messages = []
+    for original in (False, True):
+        model = make(RigL(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own end
+            sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        try:
+            model.updater.attach(sgd(sharded), total_steps=40)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 def mend(rank: int) -> dict[str, Tensor]:
