@@ -115,7 +115,7 @@ class Mask(nn.Module):
     The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation
     applies the mask, so that averaged or tampered weights stay sparse, and so do copies in training until they are attached to
     an optimizer themselves, since nobody keeps an average masked. While `dense_gradient` is set, training returns the
-    parameter itself and its `.grad` is dense.
+    parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed there.
 
     Args:
         mask: bool, the shape and strides of its weight.
@@ -158,12 +158,13 @@ class Mask(nn.Module):
             weight: the parameter, or what was computed from it.
             transformed: whether it was computed from it (standardised, normalised): nobody keeps such a value masked.
         """
-        if transformed and self.training and self.dense_gradient:
-            return weight - torch.where(self.mask, 0, weight).detach()  # masked; its gradient is not
-        if transformed or self.is_copy or not self.training:
+        kept = self.training and not transformed and not self.is_copy
+        if self.dense_gradient and torch.is_grad_enabled():
+            return (
+                weight if kept else weight - torch.where(self.mask, 0, weight).detach()
+            )  # masked; its gradient is not
+        if not kept:
             return torch.where(self.mask, weight, 0)
-        if self.dense_gradient:
-            return weight
         function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
         return function.apply(weight, self.mask)
 

@@ -105,7 +105,8 @@ def find_sites(model: nn.Module, capture: Capture, include: Collection[str] = ()
             uses = found.get(weight) or [Use("", "", "included", None)]
             sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses)))
         elif weight in found and weight.dim() >= 2:
-            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(found[weight]), problems.get(weight, "")))
+            problem = "unsupported: its numbers are complex" if weight.is_complex() else problems.get(weight, "")
+            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(found[weight]), problem))
     return tuple(sites)
 
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import torch
 
-from sparsify.scores import LayerState, Score
+from sparsify.scores import LayerState, Score, evaluate
 from sparsify.topology import lowest, select
 
 Plan = Callable[[Sequence[LayerState], float], list[tuple[int, int]]]
@@ -29,7 +29,10 @@ def redistribute(score: Score, layers: Sequence[LayerState], fraction: float) ->
     The total count stays exactly as it is, no layer exceeds its size, and one whose score is zero everywhere keeps its count.
     """
     drops = [drop for drop, _ in steady(layers, fraction)]
-    sums = [torch.where(x.mask, score(x), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device) for x in layers]
+    sums = [
+        torch.where(x.mask, evaluate(score, x), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device)
+        for x in layers
+    ]
     shares = [total / layer.nonzeros for total, layer in zip(torch.stack(sums).tolist(), layers, strict=True)]
     live = [i for i, share in enumerate(shares) if share]
     room = [layers[i].mask.numel() - layers[i].nonzeros + drops[i] for i in live]
@@ -87,7 +90,7 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
     if total <= 0:
         return [(0, 0)] * len(layers)
     device = layers[0].mask.device
-    scores = torch.cat([score(layer).flatten().to(device) for layer in layers])
+    scores = torch.cat([evaluate(score, layer).flatten().to(device) for layer in layers])
     among = torch.cat([layer.mask.flatten().to(device) for layer in layers])
     sizes = [layer.mask.numel() for layer in layers]
     for part, active in zip(scores.split(sizes), among.split(sizes), strict=True):

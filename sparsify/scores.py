@@ -41,6 +41,29 @@ class LayerState:
 Score = Callable[[LayerState], Tensor]
 
 
+def evaluate(score: Score, layer: LayerState) -> Tensor:
+    """Return a score of a layer, checked, since it may be anybody's function.
+
+    Raises:
+        ValueError: it is no tensor of real numbers of the weight's shape, or has NaN, where asking does not wait for a device.
+    """
+    result, shape = score(layer), tuple(layer.mask.shape)
+    if not isinstance(result, Tensor):
+        problem = f"returned {result!r}"
+    elif any(result is own for own in (layer.weight, layer.gradient, layer.momentum)):  # seen to be finite before
+        return result
+    elif tuple(result.shape) != shape or not result.is_floating_point():
+        problem = f"returned a tensor of shape {tuple(result.shape)} and {result.dtype}"
+    elif result.device.type == "cpu" and result.isnan().any():
+        problem = "returned NaN"
+    else:
+        return result
+    name = getattr(score, "__name__", score)
+    raise ValueError(
+        f"The score {name} {problem} for {layer.name}; it must return floating point numbers of shape {shape}."
+    )
+
+
 def weight(layer: LayerState) -> Tensor:
     """Score by |w|."""
     return layer.weight

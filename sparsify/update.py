@@ -14,7 +14,7 @@ from passes.mask import Mask, zero_dropped_
 from passes.shards import is_sharded, local, own_part, whole
 from sparsify import optimizers as opt
 from sparsify.method import Method, Updates
-from sparsify.scores import LayerState
+from sparsify.scores import LayerState, evaluate
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,7 @@ def _change(
     """Update one mask; then weight and optimizer state wherever it changed."""
     updates, mask, weight = method.updates, bound.mask, bound.weight
     assert updates is not None
-    leaving, coming = updates.drop_score(state), updates.growth_score(state) if grow else None
-    for score, function in (leaving, updates.drop_score), (coming, updates.growth_score):
-        if score is not None and score.shape != mask.mask.shape:
-            raise ValueError(
-                f"Method {method.name!r}: {function.__name__} returned {tuple(score.shape)} for {bound.name} of shape "
-                f"{tuple(mask.mask.shape)}; a score is a tensor of the weight's shape."
-            )
+    leaving, coming = evaluate(updates.drop_score, state), evaluate(updates.growth_score, state) if grow else None
     new = method.layout.exchange(state, leaving, coming, drop, grow)
     changed = mask.mask.logical_xor(new)
     changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU

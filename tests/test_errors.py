@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,17 +128,36 @@ def total(layer: LayerState) -> torch.Tensor:
     return layer.weight.sum()
 
 
-@pytest.mark.parametrize("score", ["drop_score", "growth_score"])
-def test_scores_of_another_shape_are_named(score: str) -> None:
+def forgot_to_return(layer: LayerState) -> None:
+    layer.weight.abs()
+
+
+def logarithm(layer: LayerState) -> torch.Tensor:
+    return layer.weight.log()
+
+
+def comparison(layer: LayerState) -> torch.Tensor:
+    return layer.weight > 0
+
+
+BAD_SCORES = {
+    total: r"returned a tensor of shape \(\) and torch.float32",
+    forgot_to_return: "returned None",
+    logarithm: "returned NaN",
+    comparison: r"returned a tensor of shape \(.*\) and torch.bool",
+}
+
+
+@pytest.mark.parametrize("which", ["drop_score", "growth_score"])
+@pytest.mark.parametrize("score", BAD_SCORES, ids=lambda score: score.__name__)
+def test_scores_that_are_none_are_named(score: Callable, which: str) -> None:
     rigl = RigL(interval=1)
-    model = sparsify(
-        SmallNet(), 0.5, method=replace(rigl, name="mine", updates=replace(rigl.updates, **{score: total}))
-    )
+    model = sparsify(SmallNet(), 0.5, method=replace(rigl, updates=replace(rigl.updates, **{which: score})))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.updater.attach(optimizer, total_steps=10)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     with pytest.raises(
-        ValueError, match=r"'mine': total returned \(\) for .* of shape \(.*a tensor of the weight's shape"
+        ValueError, match=f"The score {score.__name__} {BAD_SCORES[score]} for .*weight; it must return"
     ):
         optimizer.step()
 

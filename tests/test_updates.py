@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import SmallNet
 from torch import Tensor, nn
 
-from sparsify import RigL, Static, sparsify
+from sparsify import SNFS, RigL, Static, sparsify
 from sparsify.topology import _select_on_cpu, _select_on_device, drop_and_grow, select
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -228,6 +228,20 @@ def test_gradients_are_dense_only_before_an_update() -> None:
         assert norm.isfinite()
         optimizer.step()
     assert dense_at == [3, 6, 9]
+
+
+@pytest.mark.parametrize("method", [RigL(2), SNFS(interval=2)], ids=lambda m: m.name)
+def test_updates_of_a_model_in_evaluation_mode_see_dense_gradients(method: object) -> None:
+    """As in fine-tuning with frozen statistics, or after a validation that forgot `train()`."""
+    model, optimizer = attached(method)
+    model.eval()
+    train(model, [optimizer], 1)
+    F.cross_entropy(model(X), Y).backward()
+    outputs = model(X)
+    for name, mask in model.updater.masks.items():
+        assert model.get_parameter(name).grad[~mask].any() or mask.all()
+    model.updater.detach(keep_step=True)
+    assert torch.equal(model(X), outputs)
 
 
 def test_grad_scaler() -> None:
