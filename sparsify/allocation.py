@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from passes.mask import masks_of
 from passes.sites import Site
-from sparsify.checks import matching
+from sparsify.checks import is_number, matching
 from sparsify.distributions import Distribution, solve_density
 from sparsify.flops import flop_report
 from sparsify.layouts import Layout
@@ -37,15 +37,27 @@ def allocate(sites: Sequence[Site], density: Any, distribution: Distribution, la
         first = {s.name: next((d for p, d in density.items() if fnmatch.fnmatchcase(s.name, p)), None) for s in sites}
         densities = {name: value for name, value in first.items() if value is not None}
     else:
-        densities = distribution(sites, density)
+        densities = _spread(distribution, sites, density)
     if not densities:
         raise ValueError(
             "Every weight would stay dense, so there is nothing to mask: give a density pattern or another distribution."
         )
-    for name, value in densities.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
     return {site.name: layout.count(site, densities[site.name]) for site in sites if site.name in densities}
+
+
+def _spread(distribution: Distribution, sites: Sequence[Site], density: float) -> dict[str, float]:
+    """Ask a distribution, which may be anybody's function, and check what it says."""
+    densities, names = distribution(sites, density), [site.name for site in sites]
+    if not isinstance(densities, Mapping):
+        raise ValueError(f"The distribution returned {densities!r}; it must return {{parameter name: density}}.")
+    for name, value in densities.items():
+        if name not in names:
+            raise ValueError(
+                f"The distribution names {name!r}, which is no weight; weights are {', '.join(names[:5])}, ..."
+            )
+        if not is_number(value) or not 0 < value <= 1:
+            raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
+    return dict(densities)
 
 
 def why_dense(site: Site, density: Any, distribution: Distribution) -> str:
@@ -66,7 +78,7 @@ def density_for(
 
     def ratio(density: float) -> float:
         saved = 0.0
-        for name, value in distribution(sites, density).items():
+        for name, value in _spread(distribution, sites, density).items():
             site = by_name[name]
             saved += macs.get(name, 0) * (1 - layout.count(site, value) / site.size)
         return 1 - saved / report.dense_macs
@@ -89,13 +101,15 @@ def given_masks(masks: Any) -> dict[str, Tensor]:
         if not all(mask.all() for mask in kept.values()):
             return kept
         raise ValueError("masks is a model that has neither masks nor zeros in its weights. Prune it first.")
-    if (
-        isinstance(masks, Mapping)
-        and masks
-        and all(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks.values())
-    ):
-        return dict(masks)
-    raise ValueError(f"masks takes a sparse model or {{parameter name: bool mask}}, not {type(masks).__name__}.")
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(f"masks takes a sparse model or {{parameter name: bool mask}}, not {masks!r}.")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"The mask of {name} is {found}, not torch.bool; `weight != 0` makes one of zeros in a weight."
+            )
+    return dict(masks)
 
 
 def check_given(masks: Any, given: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:

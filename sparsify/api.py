@@ -14,15 +14,16 @@ from passes.mask import Mask, masks_of
 from passes.masking import mask_weights
 from passes.sites import Site, find_sites
 from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
-from sparsify.checks import as_patterns, check_budget, check_model, matching, matching_paths, resolve
+from sparsify.checks import as_patterns, as_seed, check_budget, check_model, matching, matching_paths, resolve
 from sparsify.distributions import DISTRIBUTIONS, Distribution
 from sparsify.flops import flop_report
 from sparsify.initialization import rescale_to_fan_in
 from sparsify.layouts import ELEMENTS
+from sparsify.lookup import updater_of, where_sparse
 from sparsify.method import Goal, Method
 from sparsify.methods import METHODS
 from sparsify.ranks import ignore_in_ddp
-from sparsify.updater import Updater, updater_of
+from sparsify.updater import Updater
 
 Patterns = Mapping[str, float]
 
@@ -96,6 +97,7 @@ def sparsify(
             f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data."
         )
     adapt_weights = resolve(init, INITS, "init")
+    seed = as_seed(seed)
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
     paths = matching_paths(as_patterns(blocks, "blocks"), model)
@@ -154,7 +156,7 @@ def fold(model: nn.Module) -> nn.Module:
         ('Sequential', 32, ['0.weight', '0.bias'])
     """
     if not isinstance(model, nn.Module) or not masks_of(model) or not updater_of(model):
-        raise ValueError("fold() takes a model that sparsify() returned itself; this one has no masks of its own.")
+        raise ValueError(f"fold() takes the model that sparsify() returned; {where_sparse(model)}.")
     plain = copy.deepcopy(model)
     updater = updater_of(plain)
     assert updater is not None

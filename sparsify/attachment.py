@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from passes.mask import any_dropped, masks_of, zero_dropped_
 from sparsify import optimizers as opt
+from sparsify.checks import check_whole
 from sparsify.scores import LayerState
 from sparsify.update import Bound, observe, update_layers
 
@@ -213,10 +214,12 @@ def _not_compiled(hook: Callable[..., Any]) -> Any:
 def check_attach(updater: "Updater", model: nn.Module, optimizers: tuple[Optimizer, ...], total_steps: int) -> None:
     """Raise unless the optimizers can drive the updates of this model for so many steps."""
     method = updater.method
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-        raise ValueError(f"total_steps={total_steps!r} must be a whole number of at least 1.")
+    check_whole("total_steps", total_steps)
     if strange := [o for o in optimizers if not isinstance(o, Optimizer)]:
-        raise ValueError(f"attach() takes torch.optim optimizers, not {type(strange[0]).__name__}.")
+        raise ValueError(
+            f"attach() takes torch.optim optimizers, one after the other, not {type(strange[0]).__name__}: "
+            f"attach(optimizer, total_steps=...)."
+        )
     if wrappers := [o for o in optimizers if isinstance(getattr(o, "optimizer", None), Optimizer)]:
         raise ValueError(
             f"attach() takes the optimizer itself, not {type(wrappers[0]).__name__} around it: attach before you wrap it, or "

@@ -48,6 +48,8 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
     """
     if taken := parts.keys() & _OWN:
         raise ValueError(f"{min(taken)!r} is a name that a checkpoint needs for itself; give the part another name.")
+    if not parts:
+        raise ValueError("There is nothing to save: save_checkpoint(path, model=model, optimizer=optimizer, epoch=3).")
     state = {name: part.state_dict() if _has_state(part) else part for name, part in parts.items()}
     for name, value in state.items():
         _check_plain(name, value)
@@ -79,7 +81,7 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     if set(loaded) != set(parts):
         raise ValueError(
             f"{path} holds the parts {', '.join(loaded)}; asked for was {', '.join(parts) or 'none'}. Name the same parts as "
-            f"in save_checkpoint()."
+            f"in save_checkpoint(); to read one alone, torch.load(path)[{loaded[0]!r}] has its state_dict."
         )
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     for name, part in parts.items():
@@ -88,7 +90,10 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
         except Exception as error:  # whatever a part raises
             for other, kept in before.items():
                 parts[other].load_state_dict(kept)
-            raise ValueError(f"{path} does not fit, and nothing was changed: {name}: {error}") from error
+            raise ValueError(
+                f"{path} does not fit the {type(parts[name]).__name__} {name!r}, and nothing was changed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if generators["rank"] == _rank():
         torch.set_rng_state(generators["cpu"].cpu())
         if "cuda" in generators and torch.cuda.is_available():
@@ -104,7 +109,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint, or damaged: {type(error).__name__}: {error}") from error
+        reason = str(error).splitlines()[0] if str(error) else ""  # further lines are advice to trust the file
+        raise ValueError(f"{path} is no checkpoint, or damaged: {type(error).__name__}: {reason}") from error
     if not isinstance(state, dict) or not state.keys() >= _OWN:
         raise ValueError(f"{path} is no file of save_checkpoint(). Read it with torch.load() and load_state_dict().")
     return state
@@ -115,7 +121,7 @@ def _rank() -> int:
 
 
 _VALUES = (torch.Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type(None))
-_MAPPINGS, _SEQUENCES = (dict, collections.OrderedDict, collections.Counter), (list, tuple, set)
+_MAPPINGS, _SEQUENCES = (dict, collections.OrderedDict, collections.Counter), (list, tuple, set, torch.Size)
 
 
 def _check_plain(name: str, value: Any) -> None:

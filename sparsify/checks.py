@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -45,27 +46,41 @@ def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None
     if fixed and (density is not None or flops is not None):
         raise ValueError(f"{fixed} says how many weights are kept, so give neither density nor flops.")
     if not fixed and (density is None) == (flops is None):
-        raise ValueError("Give exactly one of density and flops.")
-    for pattern, value in density.items() if isinstance(density, Mapping) else [("density", density), ("flops", flops)]:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and 0 < value <= 1):
-            raise ValueError(f"{pattern}={value!r} must be a number in (0, 1].")
-        if value is None and pattern not in ("density", "flops"):
-            raise ValueError(f"{pattern}=None must be a number in (0, 1].")
+        raise ValueError(
+            "Give exactly one of density and flops, such as density=0.1 (or masks=, or a method that fixes the counts)."
+        )
+    if isinstance(density, Mapping):
+        given = [(f"density of pattern {pattern!r}", value) for pattern, value in density.items()]
+    else:
+        given = [(name, value) for name, value in (("density", density), ("flops", flops)) if value is not None]
+    for what, value in given:
+        if not is_number(value) or not math.isfinite(value) or not 0 < value <= 1:
+            raise ValueError(f"{what} is {value!r}; it must be a number in (0, 1].")
     if flops is not None and inputs is None:
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
 
+def is_number(value: Any, kind: Any = numbers.Real) -> bool:
+    """Tell whether a value is a number, numpy's included; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise unless an option is a whole number of at least so much."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if not is_number(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number (an int) of at least {least}.")
+
+
+def as_seed(seed: Any) -> int:
+    """Return a seed as Python's int, or raise unless it is a whole number."""
+    if not is_number(seed, numbers.Integral):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number (an int).")
+    return int(seed)
 
 
 def check_between(name: str, value: Any, open_above: bool = False, closed_below: bool = False) -> None:
     """Raise unless an option lies in (0, 1], or with 0, or without 1."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or (open_above and value == 1) or (not closed_below and value == 0):
+    if not is_number(value) or not 0 <= value <= 1 or (open_above and value == 1) or (not closed_below and value == 0):
         raise ValueError(
             f"{name}={value!r} must lie in {'[' if closed_below else '('}0, 1{')' if open_above else ']'}."
         )

@@ -12,10 +12,10 @@ from passes.mask import Mask, masks_of
 from passes.recorder import Operation
 from passes.shapes import record
 from passes.sites import leaf_weights
+from sparsify.lookup import updater_of
 from sparsify.method import Method
 from sparsify.report import FlopReport, Layer
 from sparsify.spending import NOMINAL_STEPS, forecast
-from sparsify.updater import updater_of
 
 
 def flop_report(model: nn.Module, inputs: Any) -> FlopReport:

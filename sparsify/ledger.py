@@ -8,8 +8,8 @@ from tabulate import tabulate
 from torch import nn
 
 from sparsify.flops import flop_report
+from sparsify.lookup import updater_of
 from sparsify.spending import Spending, forecast, spend_along
-from sparsify.updater import updater_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class CostLedger:
             [
                 table,
                 "",
-                f"method {self.method}, {steps:,} steps, {len(self.rows)} topologies (1 MAC = 1 multiply-accumulate; FLOPs = "
-                f"2 * MACs)",
+                f"method {self.method}, {steps:,} steps, {len(self.rows)} sets of counts "
+                f"(1 MAC = 1 multiply-accumulate; FLOPs = 2 * MACs)",
                 f"forecast {self.forecast:.4f} for the whole run; {self.published:.4f} by the published formula",
             ]
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
-    from sparsify.updater import updater_of
+    from sparsify.lookup import updater_of
 
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
@@ -70,7 +70,7 @@ def _check_training(updater: "Updater", state: State) -> dict[str, int]:
 
 def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """Make counts, zeros and the updater follow what was loaded."""
-    from sparsify.updater import updater_of
+    from sparsify.lookup import updater_of
 
     for name, mask in masks_of(model).items():
         if not mask.mask.is_meta:

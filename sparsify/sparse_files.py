@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from passes.mask import Mask, masks_of
 from passes.shards import is_sharded
 from sparsify.files import replacing
-from sparsify.updater import updater_of, updaters_of
+from sparsify.lookup import updater_of, updaters_of, where_sparse
 
 _FORMAT, _VERSION = "sparsify", "1"
 _BITS = "#mask"
@@ -54,9 +54,9 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     serialize = _safetensors().torch.save_file
-    masks = masks_of(model)
+    masks = masks_of(model) if isinstance(model, nn.Module) else {}
     if not masks or not updater_of(model):
-        raise ValueError(f"save_sparse() takes the model that sparsify() returned; {_where_it_is(model)}.")
+        raise ValueError(f"save_sparse() takes the model that sparsify() returned; {where_sparse(model)}.")
     names: dict[int, str] = {}  # of tensors that several names share
     state = {name: (value, names.setdefault(id(value), name)) for name, value in _network(model).items()}
     shared = {name: first for name, (_, first) in state.items() if first != name}
@@ -92,9 +92,9 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             named and nothing was changed.
         ImportError: the package safetensors is not there.
     """
-    if updaters_of(model) and not updater_of(model):
+    if not isinstance(model, nn.Module) or (updaters_of(model) and not updater_of(model)):
         raise ValueError(
-            f"load_sparse() takes the dense model or the one that sparsify() returned; {_where_it_is(model)}."
+            f"load_sparse() takes the dense model or the one that sparsify() returned; {where_sparse(model)}."
         )
     state, masks = read_sparse(path)
     own = _network(model)
@@ -124,11 +124,6 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _where_it_is(model: nn.Module) -> str:
-    inside = list(updaters_of(model))
-    return f"it is inside, at {inside[0]!r}" if inside else "this one has no masks"
-
-
 def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read and check a file of `save_sparse` without a model.
 
@@ -146,15 +141,17 @@ def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     try:
         with package.safe_open(os.fspath(path), "pt") as file:
             facts = file.metadata() or {}
+            if facts.get("format") != _FORMAT:
+                raise ValueError(f"it is a file of {facts.get('format')!r}, not of save_sparse()")
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         shapes, shared = (json.loads(facts[key]) for key in ("shapes", "shared"))
     except FileNotFoundError:
         raise
     except (package.SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is no sparse file, or damaged: {type(error).__name__}: {error}") from error
-    if (facts.get("format"), facts.get("version")) != (_FORMAT, _VERSION):
+    if facts.get("version") != _VERSION:
         raise ValueError(
-            f"{path} is a file of {facts.get('format')!r}, version {facts.get('version')!r}, not of save_sparse()."
+            f"{path} is of version {facts.get('version')!r} of the format; this library reads {_VERSION!r}."
         )
     if facts.get("digest") != _digest(content, facts):
         raise ValueError(f"{path} is damaged: its content does not match its digest.")

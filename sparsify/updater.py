@@ -186,7 +186,7 @@ class Updater(nn.Module):
         if self.skipped.is_meta:  # of a model whose tensors came from a load
             self.skipped = torch.zeros_like(self.skipped, device=next(iter(self.masks.values())).device)
         steps = self._clocks()
-        self._total_steps, self._process_group = total_steps, process_group
+        self._total_steps, self._process_group = int(total_steps), process_group
         self._attached = [
             Attachment(self, self._model[0], optimizer, step)
             for optimizer, step in zip(optimizers, _clocks_for(optimizers, steps), strict=True)
@@ -326,17 +326,6 @@ class Updater(nn.Module):
         self._history = History(self.goals, saved.history)
         self._skipped_before = saved.skipped
         self.skipped.zero_()
-
-
-def updater_of(model: nn.Module) -> Updater | None:
-    """Return the updater of a model that `sparsify` returned, None of any other."""
-    found = model._modules.get("updater")
-    return found if isinstance(found, Updater) else None
-
-
-def updaters_of(module: nn.Module) -> dict[str, Updater]:
-    """Return the updater of every sparsified model inside a module, itself included, by the path of the model."""
-    return {path: found for path, child in module.named_modules() if (found := updater_of(child))}
 
 
 def _clocks_for(optimizers: Sequence[Any], steps: Sequence[int]) -> list[int]:

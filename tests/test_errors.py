@@ -28,7 +28,7 @@ BAD_CALLS = {
     "nan": ({"density": math.nan}, r"must be a number in \(0, 1\]"),
     "text": ({"density": "0.1"}, r"must be a number in \(0, 1\]"),
     "bool": ({"density": True}, r"must be a number in \(0, 1\]"),
-    "in a pattern": ({"density": {"conv*": 2}}, r"conv\*=2 must be a number"),
+    "in a pattern": ({"density": {"conv*": 2}}, r"density of pattern 'conv\*' is 2; it must be a number"),
     "flops without inputs": ({"flops": 0.5}, "needs inputs"),
     "unreachable flops": ({"flops": 0.01, "distribution": "uniform", "inputs": (1, 3, 8, 8)}, "cannot be met"),
     "distribution": ({"density": 0.1, "distribution": "erd"}, "known are uniform, er, erk. Did you mean 'er"),
@@ -38,10 +38,20 @@ BAD_CALLS = {
     "exclude": ({"density": 0.1, "exclude": ["cnv1*"]}, "matches no weight; the nearest weight is"),
     "pattern": ({"density": {"head.*": 0.1}}, "matches no weight"),
     "no pattern": ({"density": {}}, "Every weight would stay dense"),
-    "pattern without a number": ({"density": {"fc*": None}}, "fc\\*=None must be a number"),
+    "pattern without a number": ({"density": {"fc*": None}}, "density of pattern 'fc\\*' is None; it must be a number"),
     "exclude a number": ({"density": 0.1, "exclude": 5}, "takes fnmatch patterns"),
     "list of distributions": ({"density": 0.1, "distribution": ["erk"]}, "Unknown distribution"),
     "all excluded": ({"density": 0.1, "exclude": ["*"]}, "nothing left to mask"),
+    "distribution that returns no mapping": (
+        {"density": 0.1, "distribution": lambda s, d: 3},
+        "returned 3; it must return",
+    ),
+    "distribution of other names": (
+        {"density": 0.1, "distribution": lambda s, d: {"conv1": 0.5}},
+        "names 'conv1', which is no weight; weights are conv1.weight",
+    ),
+    "seed": ({"density": 0.1, "seed": "a"}, "seed is 'a'; it must be a whole number"),
+    "half a seed": ({"density": 0.1, "seed": 1.5}, "seed is 1.5; it must be a whole number"),
     "custom distribution": ({"density": 0.1, "distribution": lambda s, d: {s[0].name: 7.0}}, r"not in \(0, 1\]"),
 }
 
@@ -61,6 +71,17 @@ def test_bad_calls_change_nothing(options: dict, message: str, inplace: bool) ->
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = sparsify(SmallNet(), np.float32(0.25), seed=np.int64(3), method=RigL(np.int64(2), np.float64(0.5)))
+    assert model.updater.nonzeros == sparsify(SmallNet(), 0.25).updater.nonzeros
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.updater.attach(optimizer, total_steps=np.int64(100))
+    model.load_state_dict(model.state_dict())
+    for steps in (1e3, True, "100"):
+        with pytest.raises(ValueError, match=r"total_steps is .*; it must be a whole number \(an int\) of at least 1"):
+            sparsify(SmallNet(), 0.5).updater.attach(optimizer, total_steps=steps)
+
+
 def test_bad_models() -> None:
     with pytest.raises(TypeError, match=r"takes a torch.nn.Module, not str"):
         sparsify("resnet18", 0.1)
@@ -69,8 +90,10 @@ def test_bad_models() -> None:
     sparse = sparsify(SmallNet(), 0.5)
     with pytest.raises(ValueError, match="sparse already"):
         sparsify(sparse, 0.5)
-    with pytest.raises(ValueError, match="takes a model that sparsify"):
+    with pytest.raises(ValueError, match="takes the model that sparsify"):
         fold(SmallNet())
+    with pytest.raises(ValueError, match="it is inside this Sequential, at '0'"):
+        fold(nn.Sequential(sparse))
     with pytest.raises(ValueError, match="no captured graph"):
         graph_table(SmallNet())
     taken = SmallNet()
@@ -107,7 +130,7 @@ def test_bad_attachments() -> None:
         model.updater.attach(good, total_steps=100)
     with pytest.raises(ValueError, match="same optimizer twice"):
         model.updater.attach(good, good, total_steps=1000)
-    with pytest.raises(ValueError, match=r"takes torch.optim optimizers, not int"):
+    with pytest.raises(ValueError, match=r"takes torch.optim optimizers, one after the other, not int"):
         model.updater.attach(3, total_steps=1000)
     assert not good._optimizer_step_pre_hooks
     model.updater.attach(good, total_steps=1000)

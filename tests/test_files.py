@@ -1,5 +1,6 @@
 """Files: sparse ones are exact, small, and refused when damaged or hostile; checkpoints name what does not fit."""
 
+import collections
 import copy
 import hashlib
 import json
@@ -13,13 +14,15 @@ import safetensors
 import torch
 from models import SmallNet
 from safetensors.torch import load_file, save_file
-from test_methods import TABLE, make
+from test_methods import TABLE, make, start
 from test_updates import OPTIMIZERS, X, assert_sparse, attached, train
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from sparsify import (
     GMP,
+    NM,
+    Method,
     RigL,
     SRigL,
     flop_report,
@@ -192,7 +195,7 @@ HOSTILE = {
     "shared with nothing": ({"shared": {"1.weight2": "2.weight"}}, "does not hold"),
     "shared over something": ({"shared": {"0.bias": "1.bias"}}, "does not hold"),
     "another format": ({"format": "pt"}, "not of save_sparse"),
-    "another version": ({"version": "2"}, "not of save_sparse"),
+    "another version": ({"version": "2"}, "is of version '2' of the format"),
 }
 
 
@@ -215,7 +218,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no sparse file, or damaged"):
             read_sparse(tmp_path / name)
     save_file({"0.weight": torch.zeros(3)}, tmp_path / "plain")
-    with pytest.raises(ValueError, match="no sparse file"):
+    with pytest.raises(ValueError, match="it is a file of None, not of save_sparse"):
         read_sparse(tmp_path / "plain")
     with pytest.raises(FileNotFoundError):
         read_sparse(tmp_path / "none")
@@ -255,11 +258,44 @@ def test_files_that_do_not_fit_change_nothing(build: object, message: str, tmp_p
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "method", [SRigL(interval=2), NM(2, 4, interval=2), RigL(2, layout="kernels")], ids=lambda m: m.name
+)
+def test_layouts_go_through_files(method: Method, tmp_path: Path) -> None:
+    """Masks are looked at themselves: those of one layout load wherever it is kept, and no others do."""
+    model, optimizer = start(method)
+    train(model, [optimizer], 5)
+    save_sparse(model, tmp_path / "net")
+    twin, other = start(method, seed=1)
+    load_sparse(twin, tmp_path / "net")
+    assert all(torch.equal(mask, model.updater.masks[name]) for name, mask in twin.updater.masks.items())
+    twin.updater.attach(other, total_steps=40)
+    train(twin, [other], 5)
+    loose = make(RigL())
+    loose.updater.masks["conv2.weight"].copy_(loose.updater.masks["conv2.weight"].flatten().roll(1).view(32, 16, 3, 3))
+    state = {k: v for k, v in loose.state_dict().items() if "updater" not in k}
+    twin = make(method)
+    with pytest.raises(ValueError, match=r"is none of|masks other weights"):
+        twin.load_state_dict(state, strict=False)
+
+
+def test_a_load_that_fails_leaves_the_model_attached(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = sparsify(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4)), 0.5, method=SRigL(interval=2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.updater.attach(optimizer, total_steps=100)
+    with pytest.raises(ValueError, match="is none of"):
+        load_sparse(model, path)
+    model(torch.randn(2, 12)).sum().backward()
+    optimizer.step()
+    assert model.updater.step == 1
+
+
 def test_models_that_a_file_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no masks"):
         save_sparse(SmallNet(), tmp_path / "net")
     for outer in (nn.Sequential(sparsify(SmallNet(), 0.5)), torch.compile(sparsify(SmallNet(), 0.5))):
-        with pytest.raises(ValueError, match=r"it is inside, at '(0|_orig_mod)'"):
+        with pytest.raises(ValueError, match=r"it is inside this .*, at '(0|_orig_mod)'"):
             save_sparse(outer, tmp_path / "net")
     with pytest.raises(ValueError, match="on the meta device"):
         save_sparse(sparsify(SmallNet().to("meta"), 0.5), tmp_path / "net")
@@ -322,6 +358,9 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
         ({"place": Path("x")}, "place is a PosixPath"),
         ({"call": lambda: None}, "call is a function"),
         ({"loaded": 3}, "'loaded' is a name that a checkpoint needs"),
+        ({"counts": collections.defaultdict(list)}, "counts is a defaultdict"),
+        ({"counts": {np.int64(1): 2}}, "the key .* of counts is a int64"),
+        ({}, "nothing to save"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(parts: dict, message: str, tmp_path: Path) -> None:
@@ -329,6 +368,7 @@ def test_what_could_not_be_read_again_is_not_written(parts: dict, message: str, 
         save_checkpoint(tmp_path / "run.pt", **parts)
     assert not list(tmp_path.iterdir())
     plain = {"config": {"rate": 0.1, "steps": (1, 2)}, "best": torch.ones(2), "note": None}
+    plain |= {"sizes": torch.Size([1]), "seen": collections.Counter("aab"), "order": collections.OrderedDict(a={1, 2})}
     save_checkpoint(tmp_path / "run.pt", **plain)
     loaded = load_checkpoint(tmp_path / "run.pt")
     assert (loaded["config"], loaded["note"]) == (plain["config"], None)
@@ -365,6 +405,6 @@ def test_checkpoints_that_are_none_change_nothing(tmp_path: Path) -> None:
     other = make(RigL(3))
     adam = torch.optim.AdamW(other.parameters())
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="nothing was changed: optimizer"):
+    with pytest.raises(ValueError, match="does not fit the AdamW 'optimizer', and nothing was changed"):
         load_checkpoint(tmp_path / "run.pt", model=other, optimizer=adam)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())

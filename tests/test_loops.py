@@ -298,6 +298,29 @@ def test_compiled_training_steps(whole: bool) -> None:
             assert torch.equal(value, states[1][key]), key
 
 
+class Broken(nn.Module):
+    """A recurrent layer and a branch on data: dynamo compiles what lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.recurrent, self.last = nn.Linear(24, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(self.first(x.flatten(2)))[0].mean(1))
+
+
+def test_compiled_models_with_graph_breaks() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = sparsify(Broken(), 0.3, method=RigL(2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.updater.attach(optimizer, total_steps=40)
+    forward = torch.compile(model, backend="aot_eager")
+    for _ in range(5):
+        one_step(lambda x: forward(x.transpose(1, 2)), optimizer, optimizer.step)
+        assert_sparse(model)
+
+
 @pytest.mark.parametrize("method", [m for m in TABLE.values() if not m.counts_vary()], ids=lambda m: m.name)
 def test_no_step_and_no_update_waits_for_the_device(method: Method) -> None:
     """On meta tensors whoever asks for a value gets an error: only what can be queued without waiting runs there."""

@@ -185,6 +185,7 @@ def test_averaged_and_tampered_weights_stay_sparse() -> None:
     assert average.eval()(X).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 def test_torch_func() -> None:
     sparse = sparse_net(method="static").train()
     sparse.bn.eval()  # torch.func allows no running statistics
@@ -194,6 +195,15 @@ def test_torch_func() -> None:
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(sparse, (parameters, buffers), (X,)).square().mean()
 
+    tangents = {name: torch.randn_like(value) for name, value in parameters.items()}
+    masked = {
+        n: torch.where(sparse.updater.masks[n], t, 0) if n in sparse.updater.masks else t for n, t in tangents.items()
+    }
+    _, slope = torch.func.jvp(loss, (parameters,), (tangents,))
+    assert torch.equal(slope, torch.func.jvp(loss, (parameters,), (masked,))[1])
+    torch.testing.assert_close(
+        slope, sum((g * tangents[n]).sum() for n, g in torch.func.grad(loss)(parameters).items())
+    )
     gradients = torch.func.grad(loss)(parameters)
     sparse(X).square().mean().backward()
     for name, p in sparse.named_parameters():

@@ -3,8 +3,8 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sparsify.lookup import sparse_models
 from sparsify.ranks import ignore_in_ddp
-from sparsify.updater import updaters_of
 
 
 class SparseTraining(Callback):
@@ -36,6 +36,7 @@ class SparseTraining(Callback):
         """Keep masks out of what DDP, which will wrap the LightningModule, broadcasts, and out of averages."""
         if any(getattr(callback, "_use_buffers", False) for callback in trainer.callbacks):  # pyright: ignore
             raise ValueError("Masks cannot be averaged: give the weight averaging callback use_buffers=False.")
+        sparse_models(pl_module)
         ignore_in_ddp(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,12 +44,12 @@ class SparseTraining(Callback):
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("Sparse training needs an end: give the Trainer max_epochs or max_steps.")
-        for updater in updaters_of(pl_module).values():
+        for updater in sparse_models(pl_module).values():
             updater.detach(keep_step=trainer.global_step > 0)
             updater.attach(*trainer.optimizers, total_steps=int(total))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log."""
         if self.log:
-            for path, updater in updaters_of(pl_module).items():
+            for path, updater in sparse_models(pl_module).items():
                 pl_module.log_dict({f"{path}/{name}".lstrip("/"): v for name, v in updater.scalars().items()})

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from sparsify.updater import updaters_of
+from sparsify.lookup import sparse_models
 
 
 class SparseTraining(TrainerCallback):
@@ -27,13 +27,13 @@ class SparseTraining(TrainerCallback):
         """Attach."""
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds it
-        for updater in updaters_of(kwargs["model"]).values():
+        for updater in sparse_models(kwargs["model"]).values():
             updater.detach(keep_step=state.global_step > 0)
             updater.attach(optimizer, total_steps=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add to the Trainer's history, and to what callbacks after this one see."""
-        for updater in updaters_of(kwargs["model"]).values() if self.log else ():
+        for updater in sparse_models(kwargs["model"]).values() if self.log else ():
             scalars = updater.scalars()
             for record in (state.log_history[-1], logs or {}):
                 record.update(scalars)
