@@ -119,6 +119,14 @@ class Updater(nn.Module):
         return max(self._clocks())
 
     @property
+    def gradients_are_dense(self) -> bool:
+        """Whether the next backward pass computes gradients of dropped weights too, as an update needs them.
+
+        A CUDA graph that you capture yourself holds one of the two: capture both, and replay the one that fits.
+        """
+        return any(mask.dense_gradient for mask in masks_of(self._model[0]).values())
+
+    @property
     def skipped_updates(self) -> int:
         """Updates of an optimizer that left its masks as they were because a gradient was not finite. Reads the device."""
         count = self._skipped_before + (0 if self.skipped.is_meta else int(self.skipped))

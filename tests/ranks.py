@@ -14,7 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -205,6 +210,20 @@ def fsdp_resume(rank: int, method: Method, path: str) -> tuple[dict[str, Tensor]
     before = state(model)
     train(model, optimizer, 9)
     return before, state(model)
+
+
+def export(rank: int, path: str) -> dict[str, Tensor]:
+    """Train shards, and write them as one sparse file, as README says."""
+    model = sharded(RigL(2))
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=24)
+    train(model, optimizer, 7)
+    whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        copy = make(RigL(2), seed=1)
+        copy.load_state_dict(whole_state)
+        save_sparse(copy, path)
+    return state(model)
 
 
 def disagree(rank: int, hows: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from sparsify import SET, RigL, sparsify
+from sparsify import SET, RigL, load_sparse, sparsify
 
 METHODS = list(TABLE.values())
 
@@ -72,6 +72,13 @@ def test_fsdp_is_training_on_one_process_and_resumes_bit_for_bit(tmp_path: Path)
         masks = [key for key in ends[0][1] if key.endswith("_mask.mask")]
         assert all(torch.equal(ends[0][1][key], results[0]["rigl"][key]) for key in masks)
     assert_same(before[1], before[3])
+
+
+def test_shards_become_one_sparse_file(tmp_path: Path) -> None:
+    first, _ = ranks.run(ranks.export, 2, str(tmp_path / "net"))
+    loaded = load_sparse(ranks.Net(), tmp_path / "net")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, first[name]), name
 
 
 DISAGREEING = {

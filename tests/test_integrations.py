@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from sparsify import RigL, sparsify
+from sparsify import RigL, fold, sparsify
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own imports
     import lightning as L
+    from lightning.pytorch.callbacks import EMAWeightAveraging
 
     from sparsify.integrations import lightning, transformers
 
@@ -45,12 +46,11 @@ class Lit(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
 
-def trainer(folder: Path, epochs: int, **options: Any) -> L.Trainer:
+def trainer(folder: Path, epochs: int, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
-    return L.Trainer(
-        max_epochs=epochs, default_root_dir=folder, callbacks=[lightning.SparseTraining()], **quiet, **options
-    )
+    both = [lightning.SparseTraining(), *callbacks]
+    return L.Trainer(max_epochs=epochs, default_root_dir=folder, callbacks=both, **quiet, **options)
 
 
 def loader() -> DataLoader:
@@ -71,6 +71,28 @@ def test_lightning(options: dict, tmp_path: Path) -> None:
     assert any(not torch.equal(m, first[n]) for n, m in model.net.updater.masks.items())
     assert_sparse(model.net)
     assert fit.logged_metrics["net/sparsity/density"] == pytest.approx(0.3, abs=1e-3)
+
+
+def test_lightning_averages(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_buffers=False"):
+        trainer(tmp_path, 1, EMAWeightAveraging(decay=0.5)).fit(Lit(), loader())
+    model = Lit()
+    trainer(tmp_path, 4, EMAWeightAveraging(decay=0.5, use_buffers=False)).fit(model, loader())
+    masks = model.net.updater.masks
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == model.net.updater.nonzeros
+    plain = fold(model.net).eval()
+    assert torch.equal(plain(X), model.net.eval()(X))
+
+
+def test_callbacks_refuse_dense_models(tmp_path: Path) -> None:
+    model = Lit()
+    model.net = SmallNet()
+    with pytest.raises(ValueError, match=r"Lit has no sparse model inside: call sparsify\(\)"):
+        trainer(tmp_path, 1).fit(model, loader())
+    dense = fold(bert())
+    training = Trainer(dense, arguments(tmp_path), train_dataset=data(), callbacks=[transformers.SparseTraining()])
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no sparse model inside"):
+        training.train()
 
 
 def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:

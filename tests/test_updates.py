@@ -224,6 +224,7 @@ def test_gradients_are_dense_only_before_an_update() -> None:
         mask = model.updater.masks["conv2.weight"]
         if model.conv2.weight.grad[~mask].any():
             dense_at.append(step)
+        assert model.updater.gradients_are_dense == (step in (3, 6, 9))
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert norm.isfinite()
         optimizer.step()
