@@ -7,7 +7,7 @@ where a mask is decided, and masked where it lies.
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(value: Any) -> bool:
@@ -16,6 +16,20 @@ def is_sharded(value: Any) -> bool:
         "torch.distributed.tensor"
     )  # half a second to import, and without it there is no such tensor
     return module is not None and isinstance(value, module.DTensor)
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise if parameters of a model are spread over ranks.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} is sharded over ranks. Load the whole state_dict, which get_model_state_dict(model, options="
+                f"StateDictOptions(full_state_dict=True)) returns, into a copy that is not sharded, and go on with that."
+            )
 
 
 def whole(value: Any) -> Any:

@@ -12,6 +12,7 @@ from passes.captured import install
 from passes.fold import fold_
 from passes.mask import Mask, masks_of
 from passes.masking import mask_weights
+from passes.shards import refuse_shards
 from passes.sites import Site, find_sites
 from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
 from sparsify.checks import as_patterns, as_seed, check_budget, check_model, matching, matching_paths, resolve
@@ -157,6 +158,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module) or not masks_of(model) or not updater_of(model):
         raise ValueError(f"fold() takes the model that sparsify() returned; {where_sparse(model)}.")
+    refuse_shards(model)
     plain = copy.deepcopy(model)
     updater = updater_of(plain)
     assert updater is not None

@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -138,6 +139,9 @@ def _run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     shape = options.input or _default_shape(model)
     names = options.distribution.split(",")
+    for path in (options.json, options.plot, options.graph):
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}. Make it first.")
     if len(names) > 1 and (options.graph or options.plot or options.coverage):
         raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
     reports = {}
@@ -219,7 +223,8 @@ def load_model(name: str, device: str = "meta") -> nn.Module:
     known = models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(f"torchvision has no model {name!r}." + (f" Did you mean {', '.join(near)}?" if near else ""))
+        hint = f"Did you mean {', '.join(near)}?" if near else "Name your own as package.module:factory."
+        raise ValueError(f"torchvision has no model {name!r}. {hint}")
     builder = models.get_model_builder(name)
     options = {"weights": None, "weights_backbone": None}
     options = {k: v for k, v in options.items() if k in inspect.signature(builder).parameters}
@@ -236,8 +241,11 @@ def _from_factory(module: str, factory: str) -> nn.Module:
     sys.path.insert(0, "")  # as `python -m` does, so that a module in the current folder is found
     try:
         model = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Cannot load {module}:{factory}: {error}") from error
+    except (ImportError, AttributeError, TypeError) as error:
+        hint = f" Write {module.removesuffix('.py')}:{factory}." if module.endswith(".py") else ""
+        raise ValueError(
+            f"Cannot load {module}:{factory}, which is called without arguments: {error}.{hint}"
+        ) from error
     finally:
         sys.path.remove("")
     if not isinstance(model, nn.Module):

@@ -9,8 +9,10 @@ from torch.utils import _pytree as pytree
 
 from passes.macs import count
 from passes.mask import Mask, masks_of
+from passes.masking import MaskedLeaf, leaf_class
 from passes.recorder import Operation
 from passes.shapes import record
+from passes.shards import refuse_shards
 from passes.sites import leaf_weights
 from sparsify.lookup import updater_of
 from sparsify.method import Method
@@ -51,7 +53,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     dense = sum(x.dense_macs for x in layers)
     ratio = final / dense if dense else 1.0
     return FlopReport(
-        type(model).__name__,
+        (leaf_class(model) if isinstance(model, MaskedLeaf) else type(model)).__name__,
         tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
         method.name if method else "none",
         layers,
@@ -83,6 +85,7 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
     """Turn what users pass as `inputs` into the positional and the keyword arguments of forward."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"flop_report() takes a torch.nn.Module, not {type(model).__name__}.")
+    refuse_shards(model)
     if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) and n > 0 for n in inputs):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),), {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.mask import Mask, masks_of
-from passes.shards import is_sharded
+from passes.shards import refuse_shards
 from sparsify.files import replacing
 from sparsify.lookup import updater_of, updaters_of, where_sparse
 
@@ -204,15 +204,17 @@ def _unpack(values: Tensor, bits: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
 
 def _network(model: nn.Module) -> dict[str, Tensor]:
     """Return what a file holds: the entries of a `state_dict` but masks and the state of training."""
+    refuse_shards(model)
     entries = model.state_dict(keep_vars=True)
     masks = {f"{name}_mask.mask" for name in entries}
     kept = {k: v for k, v in entries.items() if k not in masks and not k.startswith("updater.")}
     for name, value in kept.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is of type {type(value).__name__}; a sparse file holds tensors only.")
-        if is_sharded(value) or value.is_meta:
-            where = "sharded over ranks" if is_sharded(value) else "on the meta device"
-            raise ValueError(f"{name} is {where}. Gather or load the model first.")
+        if value.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where it has no values. Give it some first: model.to_empty()."
+            )
     return kept
 
 

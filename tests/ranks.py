@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,7 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.shards import whole
-from sparsify import RigL, ignore_in_ddp, load_checkpoint, save_checkpoint, save_sparse, sparsify
+from sparsify import RigL, flop_report, fold, ignore_in_ddp, load_checkpoint, save_checkpoint, save_sparse, sparsify
 from sparsify.method import Method
 
 # Processes fork from a server that has imported what takes time and run nothing.
@@ -218,6 +219,9 @@ def export(rank: int, path: str) -> dict[str, Tensor]:
     optimizer = sgd(model)
     model.updater.attach(optimizer, total_steps=24)
     train(model, optimizer, 7)
+    for use in (lambda: save_sparse(model, path), lambda: fold(model), lambda: flop_report(model, (1, *X.shape[1:]))):
+        with pytest.raises(ValueError, match="is sharded over ranks. Load the whole state_dict"):
+            use()
     whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         copy = make(RigL(2), seed=1)

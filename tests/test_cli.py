@@ -63,6 +63,13 @@ BAD = {
     "bad density": (["resnet18", "--density", "3"], "must be a number in (0, 1]"),
     "unknown distribution": (["resnet18", "--density", "0.1", "--distribution", "erkk"], "Did you mean 'erk'"),
     "no factory": (["nowhere:make", "--density", "0.1"], "Cannot load nowhere:make"),
+    "a file": (["nets.py:make", "--density", "0.1"], "Write nets:make."),
+    "a factory with arguments": (
+        ["math:sqrt", "--density", "0.1"],
+        "Cannot load math:sqrt, which is called without arguments",
+    ),
+    "no colon": (["my_package.make", "--density", "0.1"], "Name your own as package.module:factory"),
+    "no folder": (["resnet18", "--density", "0.1", "--json", "nowhere/x.json"], "there is no folder nowhere"),
     "not a module": (["math:ulp", "--density", "0.1"], "ulp"),
     "wrong input": (["resnet18", "--density", "0.1", "--input", "1x4x8x8"], "module 'conv1'"),
     "two graphs": (["resnet18", "--density", "0.1", "--distribution", "er,erk", "--graph"], "name one"),
