@@ -220,7 +220,7 @@ def export(rank: int, path: str) -> dict[str, Tensor]:
     model.updater.attach(optimizer, total_steps=24)
     train(model, optimizer, 7)
     for use in (lambda: save_sparse(model, path), lambda: fold(model), lambda: flop_report(model, (1, *X.shape[1:]))):
-        with pytest.raises(ValueError, match="is sharded over ranks. Load the whole state_dict"):
+        with pytest.raises(ValueError, match=r"is sharded over ranks. Load the whole state_dict"):
             use()
     whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
