@@ -92,24 +92,15 @@ def sparsify(
     check_model(model)
     distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
-    check_budget(density, flops, inputs, _fixed_by(method, masks))
-    if flops is not None and method.total_only:
-        raise ValueError(
-            f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data."
-        )
+    check_budget(density, flops, inputs, _fixed_by(method, masks, flops))
     adapt_weights = resolve(init, INITS, "init")
     seed = as_seed(seed)
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
     paths = matching_paths(as_patterns(blocks, "blocks"), model)
     included = matching(include, names, "include")
-    excluded = {
-        name: f"excluded by {pattern!r}" for pattern in exclude for name in matching([pattern], names, "exclude")
-    }
+    excluded = _excluded(exclude, masks, names)
     given = given_masks(masks) if masks is not None else {}
-    excluded |= {
-        name: why for name, why in getattr(getattr(masks, "updater", None), "rules", {}).items() if name in names
-    }
 
     model = model if inplace else copy.deepcopy(model)
     capture = trace(model, paths)
@@ -171,8 +162,19 @@ def fold(model: nn.Module) -> nn.Module:
     return fold_(plain)
 
 
-def _fixed_by(method: Method, masks: Any) -> str:
+def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, str]:
+    """Say of the weights that are to stay dense why: by a pattern, or as in the model that masks are taken of."""
+    found = {name: f"excluded by {pattern!r}" for pattern in patterns for name in matching([pattern], names, "exclude")}
+    updater = updater_of(masks) if isinstance(masks, nn.Module) else None
+    return found | {name: why for name, why in (updater.rules if updater else {}).items() if name in names}
+
+
+def _fixed_by(method: Method, masks: Any, flops: float | None) -> str:
     """Say what fixes the number of kept weights, if it is not a density."""
+    if flops is not None and method.total_only:
+        raise ValueError(
+            f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data."
+        )
     if masks is None:
         return f"method {method.name!r} with {method.layout.fixed}" if method.layout.fixed else ""
     if method.prunes or method.layout is not ELEMENTS:

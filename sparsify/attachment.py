@@ -31,10 +31,8 @@ class Attachment:
         self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
         self._idle = False  # whether the step under way is none of training
         self._new = True  # whether weights, masks or state may have come from elsewhere since the last step
-        self._look, self._looked = (
-            True,
-            False,
-        )  # whether to look for gradients of dropped weights, and whether that was done
+        self._look = True  # whether to look for gradients of dropped weights
+        self._looked = False  # whether that was done since
         self._bind()
         _zero_all_dropped(self.bound)  # whoever initialized the weights anew after sparsify() did not know of masks
         # Python decides what a step does, in compiled steps too.
