@@ -42,24 +42,6 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor
 
 
-def any_dropped(tensor: Tensor, mask: Tensor) -> bool:
-    """Tell whether `tensor` is anything but 0 where `mask` is False; waits for the device, and knows nothing of meta tensors.
-
-    Args:
-        tensor: any shape; of a sharded one, the part of this rank is looked at.
-        mask: bool, the same shape, whole.
-
-    Returns:
-        True if any dropped element is not 0.
-
-    Example:
-        >>> any_dropped(torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
-        False
-    """
-    dropped = local(tensor).ne(0).logical_and_(~own_part(mask, tensor))
-    return not dropped.is_meta and bool(dropped.any())
-
-
 def _can_mask_bits(tensor: Tensor, mask: Tensor) -> bool:
     dense = tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.element_size() in _INTEGERS
     return dense and _same_layout(tensor, mask)
@@ -129,7 +111,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", mask)
         self.nonzeros = nonzeros
         self.dense_gradient = False
-        self.is_copy = False  # of which nobody keeps the weight masked
+        self.unattended = False  # a copy, until an optimizer is attached to it
 
     @property
     def nonzeros(self) -> int:
@@ -158,11 +140,12 @@ class Mask(nn.Module):
             weight: the parameter, or what was computed from it.
             transformed: whether it was computed from it (standardised, normalised): nobody keeps such a value masked.
         """
-        kept = self.training and not transformed and not self.is_copy
-        if self.dense_gradient and torch.is_grad_enabled():
-            return (
-                weight if kept else weight - torch.where(self.mask, 0, weight).detach()
-            )  # masked; its gradient is not
+        kept = self.training and not transformed and not self.unattended
+        if torch.is_grad_enabled() and self.dense_gradient:  # in this order, so that evaluation is one compiled graph
+            if kept:
+                return weight
+            finite = weight.nan_to_num(0.0, 0.0, 0.0)
+            return torch.where(self.mask, weight, finite - finite.detach())  # masked; its gradient is not
         if not kept:
             return torch.where(self.mask, weight, 0)
         function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
@@ -174,7 +157,7 @@ class Mask(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
-        return {**vars(self), "dense_gradient": False, "is_copy": True, "_counted": None}
+        return {**vars(self), "dense_gradient": False, "unattended": True, "_counted": None}
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

@@ -35,14 +35,15 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
         if mask.is_meta:
             continue
         total = int(mask.sum())
-        if total != counts.get(name, total or None):
+        if total == 0 or total != counts.get(name, total):
+            says = f"its own count says {counts[name]}" if name in counts else "at least one of every layer must stay"
             raise ValueError(
-                f"The state_dict's mask of {name} keeps {total} weights, its own count says {counts.get(name)}: "
-                f"the file is damaged or was edited."
+                f"The state_dict's mask of {name} keeps {total} weights, {says}: the file is damaged or was edited."
             )
         if updater is not None and not updater.method.layout.allows(mask, updater.goals[name].out_dim):
             raise ValueError(
-                f"The state_dict's mask of {name} is none of {updater.method.layout.name}, which the model's method keeps. "
+                f"The state_dict's mask of {name} does not follow the layout {updater.method.layout.name}, which the "
+                f"model's method keeps. "
                 f"Load it into a model with method='static' or 'rigl'."
             )
 
@@ -86,7 +87,7 @@ def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
     if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
         counts = updater.nonzeros
         updater.goals = {n: replace(goal, target=counts.get(n, goal.target)) for n, goal in updater.goals.items()}
-    updater.settle()
+    updater.renew()
 
 
 def changed_schedule(method: Method, step: int, before: int, after: int) -> str:

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from passes.mask import masks_of
 from sparsify import ranks
-from sparsify.attachment import Attachment, check_attach
+from sparsify.attaching import check_attach
+from sparsify.attachment import Attachment
 from sparsify.history import History, State, Topology
 from sparsify.loading import changed_schedule, check_before_load, settle_after_load
 from sparsify.method import Goal, Method
@@ -195,14 +196,12 @@ class Updater(nn.Module):
             self.skipped = torch.zeros_like(self.skipped, device=next(iter(self.masks.values())).device)
         steps = self._clocks()
         self._total_steps, self._process_group = int(total_steps), process_group
-        self._attached = [
-            Attachment(self, self._model[0], optimizer, step)
-            for optimizer, step in zip(optimizers, _clocks_for(optimizers, steps), strict=True)
-        ]
+        for optimizer, step in zip(optimizers, _clocks_for(optimizers, steps), strict=True):
+            self._attached.append(Attachment(self, self._model[0], optimizer, step))
         if self.step == 0:
             self._history = History(self.goals)
             self.record(0)
-        self.settle()
+        self.renew()
         for name in self.replaced:
             warnings.warn(
                 f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.",
@@ -249,7 +248,7 @@ class Updater(nn.Module):
             )
         optimizers = [attachment.optimizer for attachment in self._attached]
         ranks.take_over(self, self._model[0], optimizers, self._process_group)
-        self.settle()
+        self.renew()
 
     def remove(self) -> None:
         """Detach, and take this module off its model; the masks stay."""
@@ -288,7 +287,7 @@ class Updater(nn.Module):
     def _clocks(self) -> list[int]:
         return [a.step for a in self._attached] or self._steps
 
-    def settle(self) -> None:
+    def renew(self) -> None:
         """After a load, derive from the step whether the next gradients have to be dense, and look at everything again."""
         self._compared = False
         for attachment in self._attached:

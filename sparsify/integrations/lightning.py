@@ -36,7 +36,6 @@ class SparseTraining(Callback):
         """Keep masks out of what DDP, which will wrap the LightningModule, broadcasts, and out of averages."""
         if any(getattr(callback, "_use_buffers", False) for callback in trainer.callbacks):  # pyright: ignore
             raise ValueError("Masks cannot be averaged: give the weight averaging callback use_buffers=False.")
-        sparse_models(pl_module)
         ignore_in_ddp(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
