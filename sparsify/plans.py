@@ -30,7 +30,7 @@ def redistribute(score: Score, layers: Sequence[LayerState], fraction: float) ->
     """
     drops = [drop for drop, _ in steady(layers, fraction)]
     sums = [
-        torch.where(x.mask, evaluate(score, x), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device)
+        torch.where(x.mask, evaluate(score, x, x.mask), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device)
         for x in layers
     ]
     shares = [total / layer.nonzeros for total, layer in zip(torch.stack(sums).tolist(), layers, strict=True)]
@@ -90,7 +90,7 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
     if total <= 0:
         return [(0, 0)] * len(layers)
     device = layers[0].mask.device
-    scores = torch.cat([evaluate(score, layer).flatten().to(device) for layer in layers])
+    scores = torch.cat([evaluate(score, layer, layer.mask).flatten().to(device) for layer in layers])
     among = torch.cat([layer.mask.flatten().to(device) for layer in layers])
     sizes = [layer.mask.numel() for layer in layers]
     for part, active in zip(scores.split(sizes), among.split(sizes), strict=True):

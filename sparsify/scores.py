@@ -41,29 +41,6 @@ class LayerState:
 Score = Callable[[LayerState], Tensor]
 
 
-def evaluate(score: Score, layer: LayerState) -> Tensor:
-    """Return a score of a layer, checked, since it may be anybody's function.
-
-    Raises:
-        ValueError: it is no tensor of real numbers of the weight's shape, or has NaN, where asking does not wait for a device.
-    """
-    result, shape = score(layer), tuple(layer.mask.shape)
-    if not isinstance(result, Tensor):
-        problem = f"returned {result!r}"
-    elif any(result is own for own in (layer.weight, layer.gradient, layer.momentum)):  # seen to be finite before
-        return result
-    elif tuple(result.shape) != shape or not result.is_floating_point():
-        problem = f"returned a tensor of shape {tuple(result.shape)} and {result.dtype}"
-    elif result.device.type == "cpu" and result.isnan().any():
-        problem = "returned NaN"
-    else:
-        return result
-    name = getattr(score, "__name__", score)
-    raise ValueError(
-        f"The score {name} {problem} for {layer.name}; it must return floating point numbers of shape {shape}."
-    )
-
-
 def weight(layer: LayerState) -> Tensor:
     """Score by |w|."""
     return layer.weight
@@ -90,3 +67,33 @@ def chance(layer: LayerState) -> Tensor:
     """Score at random (SET, arXiv 1707.04780), keyed by (seed, step, name): equal on every rank, device and resume."""
     numbers = uniform_numbers(layer.weight.numel(), layer.seed, layer.name, layer.step)
     return torch.from_numpy(numbers).view(layer.weight.shape).to(layer.weight.device)
+
+
+_OWN = (weight, gradient, momentum)  # seen to be finite before an update
+
+
+def evaluate(score: Score, layer: LayerState, among: Tensor) -> Tensor:
+    """Return a score of a layer, checked, since it may be anybody's function.
+
+    Args:
+        score: the function.
+        layer: what it sees.
+        among: bool, the weight's shape: where the score decides. NaN elsewhere counts as 0, and on a device that one would
+            have to wait for it does everywhere.
+
+    Raises:
+        ValueError: it returned no tensor of real numbers of the weight's shape, or NaN where it decides.
+    """
+    result = score(layer)
+    if score in _OWN:
+        return result
+    name, shape = getattr(score, "__name__", score), tuple(among.shape)
+    if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.is_complex():
+        found = f"{tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        raise ValueError(
+            f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}."
+        )
+    result = result if result.is_floating_point() else result.float()
+    if result.device.type == "cpu" and (result.isnan() & among).any():
+        raise ValueError(f"The score {name} returned NaN for {layer.name}, where it has to decide.")
+    return result.nan_to_num(0.0, torch.inf, -torch.inf)

@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from sparsify import optimizers as opt
 from sparsify.method import Method, Updates
 from sparsify.scores import LayerState, evaluate
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -24,6 +27,16 @@ class Bound:
     name: str
     weight: nn.Parameter
     mask: Mask
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an update does to one weight."""
+
+    bound: Bound
+    state: LayerState
+    drop: int
+    grow: int
 
 
 @torch.no_grad()
@@ -56,11 +69,9 @@ def update_layers(
     plan = updates.plan(states, amount)
     if not updates.counts_vary and any(drop != grow for drop, grow in plan):
         raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
-    _each_layer(
-        functools.partial(_change, bound, state, drop, grow, finite, method, optimizer)
-        for (bound, state), (drop, grow) in zip(layers, plan, strict=True)
-        if drop or grow
-    )
+    changes = [Change(b, state, *counts) for (b, state), counts in zip(layers, plan, strict=True) if any(counts)]
+    masks = _each_layer(functools.partial(_decide, method), changes)  # all of them before any weight changes
+    _each_layer(functools.partial(_apply, method, optimizer, finite), changes, masks)
     return True
 
 
@@ -90,16 +101,16 @@ def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
-def _each_layer(changes: Iterable[functools.partial[None]]) -> None:
-    """Run the changes of independent layers: side by side on the CPU, largest first; one after the other where they wait
+def _each_layer(function: Callable[..., T], changes: Sequence[Change], *more: Sequence[Any]) -> list[T]:
+    """Run a function of independent layers: side by side on the CPU, largest first; one after the other where they wait
     for a device or for other ranks.
     """
-    ordered = sorted(changes, key=lambda change: -change.args[1].mask.numel())
-    if all(c.args[1].mask.device.type == "cpu" and not is_sharded(c.args[0].weight) for c in ordered):
-        list(_workers(os.getpid()).map(lambda change: change(), ordered))
-    else:
-        for change in ordered:
-            change()
+    calls = list(zip(changes, *more, strict=True))
+    if not all(c.bound.mask.mask.device.type == "cpu" and not is_sharded(c.bound.weight) for c in changes):
+        return [function(*call) for call in calls]
+    pool, order = _workers(os.getpid()), sorted(range(len(calls)), key=lambda i: -changes[i].state.mask.numel())
+    futures = {i: pool.submit(function, *calls[i]) for i in order}
+    return [futures[i].result() for i in range(len(calls))]
 
 
 @functools.cache
@@ -109,22 +120,28 @@ def _workers(process: int) -> ThreadPoolExecutor:
 
 
 @torch.no_grad()
-def _change(
-    bound: Bound, state: LayerState, drop: int, grow: int, finite: Tensor, method: Method, optimizer: Optimizer
-) -> None:
-    """Update one mask; then weight and optimizer state wherever it changed."""
-    updates, mask, weight = method.updates, bound.mask, bound.weight
+def _decide(method: Method, change: Change) -> Tensor:
+    """Return the mask that a layer is to have."""
+    updates, state = method.updates, change.state
     assert updates is not None
-    leaving, coming = evaluate(updates.drop_score, state), evaluate(updates.growth_score, state) if grow else None
-    new = method.layout.exchange(state, leaving, coming, drop, grow)
+    leaving = evaluate(updates.drop_score, state, state.mask)
+    coming = evaluate(updates.growth_score, state, ~state.mask) if change.grow else None
+    return method.layout.exchange(state, leaving, coming, change.drop, change.grow)
+
+
+@torch.no_grad()
+def _apply(method: Method, optimizer: Optimizer, finite: Tensor, change: Change, new: Tensor) -> None:
+    """Update one mask; then weight and optimizer state wherever it changed."""
+    updates, state, mask, weight = method.updates, change.state, change.bound.mask, change.bound.weight
+    assert updates is not None
     changed = mask.mask.logical_xor(new)
     changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
-    grown = updates.growth_init(state).to(weight.dtype) if updates.growth_init and grow else None
+    grown = updates.growth_init(state).to(weight.dtype) if updates.growth_init and change.grow else None
     mask.mask.logical_xor_(changed)
     zero_dropped_(weight, mask.mask)
     if grown is not None:
         _fill(weight, grown, changed & mask.mask)
-    mask.nonzeros = state.nonzeros + grow - drop if method.layout.exact else int(mask.mask.sum())
+    mask.nonzeros = state.nonzeros + change.grow - change.drop if method.layout.exact else int(mask.mask.sum())
     unchanged = changed.logical_not_()
     for kept in opt.state_tensors(optimizer, weight):
         zero_dropped_(kept, unchanged)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,7 +28,17 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.shards import whole
-from sparsify import RigL, flop_report, fold, ignore_in_ddp, load_checkpoint, save_checkpoint, save_sparse, sparsify
+from sparsify import (
+    GMP,
+    RigL,
+    flop_report,
+    fold,
+    ignore_in_ddp,
+    load_checkpoint,
+    save_checkpoint,
+    save_sparse,
+    sparsify,
+)
 from sparsify.method import Method
 
 # Processes fork from a server that has imported what takes time and run nothing.
@@ -278,6 +289,27 @@ def drift(rank: int, how: str) -> None:
         mask = model.updater.masks["blocks.0.conv.weight"]
         mask.copy_(mask.clone().roll(rank))
     train(ddp, optimizer, 12, slice(rank, None, 2))
+
+
+def compressed(rank: int) -> dict[str, int]:
+    """Train with gradients that are not 0 where weights are dropped, on all ranks alike; count weights that moved off 0."""
+    return {how: _compressed(rank, how) for how in ("centralized", "compressed")}
+
+
+def _compressed(rank: int, how: str) -> int:
+    model = make(GMP(3, end_fraction=0.8) if how == "centralized" else RigL(3))
+    optimizer = sgd(model)
+    model.updater.attach(optimizer, total_steps=40)
+    ddp = DistributedDataParallel(model)
+    if how == "compressed":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=5)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    else:
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient - gradient.mean())
+    train(ddp, optimizer, 14, slice(rank, None, 2))
+    weights = model.updater.masks.items()
+    return sum(int(model.get_parameter(name).detach()[~mask].count_nonzero()) for name, mask in weights)
 
 
 def redundant(rank: int) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from sparsify import SNFS, RigL, Static, sparsify
+from sparsify import GMP, SNFS, RigL, Static, sparsify
 
 
 def assert_masked(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -36,6 +36,7 @@ def test_state_of_dense_pretraining(make: Callable, first: bool) -> None:
     optimizer = make(model.parameters())
     if first:
         model.updater.attach(optimizer, total_steps=1000)
+        train(model, [optimizer], 2)
     optimizer.load_state_dict(pretrained.state_dict())
     if not first:
         model.updater.attach(optimizer, total_steps=1000)
@@ -96,15 +97,43 @@ def test_gradients_that_hooks_and_penalties_write(method: object, disturb: Calla
         assert_sparse(model)
 
 
-def test_hooks_that_come_later_are_found_after_an_update() -> None:
-    model, optimizer = attached(RigL(3))
-    train(model, [optimizer], 3)
+LATER = [(RigL(3), 3), (GMP(3), 3), (RigL(1, end_fraction=0.005), 4), (Static(), 99)]
+
+
+@pytest.mark.parametrize(("method", "steps"), LATER, ids=lambda x: getattr(x, "name", x))
+def test_hooks_that_come_later_are_found(method: object, steps: int) -> None:
+    """After an update, and every hundred steps."""
+    model, optimizer = attached(method)
+    train(model, [optimizer], steps)
     loss = centralized(model)
     for _ in range(5):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
         assert_sparse(model)
+
+
+def test_what_was_found_stays_found_when_a_group_is_added() -> None:
+    model, optimizer = attached(Static())
+    loss = penalized(model)
+    for step in range(5):
+        if step == 2:
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        assert_sparse(model)
+
+
+def test_gradients_that_are_not_finite_say_nothing() -> None:
+    model, optimizer = attached(Static())
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    for parameter in model.parameters():
+        parameter.grad.fill_(torch.nan)
+    watch = model.updater._attached[0]._watch
+    watch.look(1, updated=False, with_others=True)
+    assert not watch._moved
 
 
 # Weights that others write
@@ -120,7 +149,11 @@ def overwrite(model: nn.Module) -> None:
             parameter.copy_(torch.randn_like(parameter) * 0.1)
 
 
-@pytest.mark.parametrize("write", [reset, overwrite])
+def point_elsewhere(model: nn.Module) -> None:
+    nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())) * 0.1, model.parameters())
+
+
+@pytest.mark.parametrize("write", [reset, overwrite, point_elsewhere])
 @pytest.mark.parametrize("steps", [0, 4])
 def test_weights_that_others_write(write: Callable, steps: int) -> None:
     model, optimizer = attached(Static())
@@ -218,9 +251,14 @@ def test_a_copy_trains_as_its_original() -> None:
 # Several ranks
 
 
+def test_gradients_that_ranks_write_alike_are_no_drift() -> None:
+    for counts in ranks.run(ranks.compressed, 2):
+        assert counts == {"centralized": 0, "compressed": 0}
+
+
 @pytest.mark.parametrize("how", ["edited", "uneven"])
 def test_masks_that_drift_apart_end_training(how: str) -> None:
-    with pytest.raises(ProcessRaisedException, match=r"has a gradient where it is dropped.*synchronize\(\) mends"):
+    with pytest.raises(ProcessRaisedException, match=r"masks of the ranks differ.*synchronize\(\)"):
         ranks.run(ranks.drift, 2, how)
 
 
