@@ -84,6 +84,24 @@ def test_lightning_averages(tmp_path: Path) -> None:
     assert torch.equal(plain(X), model.net.eval()(X))
 
 
+class LateLit(Lit):
+    """Makes its model sparse where Lightning wants modules to be made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet()
+
+    def configure_model(self) -> None:
+        if type(self.net) is SmallNet:
+            self.net = sparsify(self.net, 0.3, method=RigL(3))
+
+
+def test_lightning_configures_the_model(tmp_path: Path) -> None:
+    model = LateLit()
+    trainer(tmp_path, 2).fit(model, loader())
+    assert model.net.updater.step == 8
+
+
 def test_callbacks_refuse_dense_models(tmp_path: Path) -> None:
     model = Lit()
     model.net = SmallNet()
