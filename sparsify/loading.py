@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse masks that do not fit, before anything is loaded."""
-    from sparsify.lookup import updater_of
+    from sparsify.lookup import updater_of  # which needs the updater's class, and that needs this file
 
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
