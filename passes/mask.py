@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from passes.shards import is_sharded, local, own_part
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 _CHUNK = 1 << 20  # elements: the widened mask of one chunk takes 4 MB, and few chunks mean few waits for the threads
 
 
@@ -32,23 +37,24 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     if is_sharded(tensor):
         zero_dropped_(local(tensor), own_part(mask, tensor))
         return tensor
-    if not _can_mask_bits(tensor, mask):
-        return tensor.masked_fill_(~mask, 0)
-    bits, keep = (
-        t.as_strided((t.numel(),), (1,)) for t in (tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8))
-    )
-    for chunk, kept in zip(bits.split(_CHUNK), keep.split(_CHUNK), strict=True):
-        chunk.mul_(kept)  # of integers, so that NaN * 0 is 0
+    if not _mask_bits_(tensor, mask):
+        tensor.masked_fill_(~mask, 0)
     return tensor
 
 
-def _can_mask_bits(tensor: Tensor, mask: Tensor) -> bool:
-    dense = tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.element_size() in _INTEGERS
-    return dense and _same_layout(tensor, mask)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
+def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
+    """Multiply the bits of a tensor by a mask where they lie in memory alike, and tell whether they do."""
+    integer = _INTEGERS.get(tensor.dtype) if tensor.is_cpu and tensor.stride() == mask.stride() else None
+    if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
+        return False
+    bits, keep = tensor.view(integer), mask.view(torch.int8)  # of integers, since NaN * 0 is 0 there
+    if tensor.numel() <= _CHUNK:
+        bits.mul_(keep)
+        return True
+    flat = (t.as_strided((t.numel(),), (1,)).split(_CHUNK) for t in (bits, keep))
+    for chunk, kept in zip(*flat, strict=True):
+        chunk.mul_(kept)
+    return True
 
 
 class MaskGradient(torch.autograd.Function):
@@ -69,8 +75,8 @@ class MaskGradient(torch.autograd.Function):
         (mask,), (grad,) = ctx.saved_tensors, grads
         # In place where nothing else can see it: a weight's gradient comes fresh out of its convolution or product.
         # A gradient that is itself differentiated, or one that broadcasts, is not ours to write.
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _can_mask_bits(grad, mask):
-            return zero_dropped_(grad, mask), None
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
+            return grad, None
         return torch.where(mask, grad, 0), None
 
 
