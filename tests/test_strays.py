@@ -75,6 +75,14 @@ def test_state_that_moves_nothing_is_loaded_as_it_was(make: Callable) -> None:
 # Gradients that something changes after the backward pass has masked them
 
 
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        assert_sparse(model)
+
+
 def centralized(model: nn.Module) -> Callable[[], Tensor]:
     for parameter in model.parameters():
         parameter.register_hook(lambda g: g - g.mean())
@@ -90,11 +98,7 @@ def penalized(model: nn.Module) -> Callable[[], Tensor]:
 def test_gradients_that_hooks_and_penalties_write(method: object, disturb: Callable) -> None:
     model, optimizer = attached(method)
     loss = disturb(model)
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        assert_sparse(model)
+    run(model, optimizer, loss, 8)
 
 
 LATER = [(RigL(3), 3), (GMP(3), 3), (RigL(1, end_fraction=0.005), 4), (Static(), 99)]
@@ -106,23 +110,15 @@ def test_hooks_that_come_later_are_found(method: object, steps: int) -> None:
     model, optimizer = attached(method)
     train(model, [optimizer], steps)
     loss = centralized(model)
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        assert_sparse(model)
+    run(model, optimizer, loss, 5)
 
 
 def test_what_was_found_stays_found_when_a_group_is_added() -> None:
     model, optimizer = attached(Static())
     loss = penalized(model)
-    for step in range(5):
-        if step == 2:
-            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        assert_sparse(model)
+    run(model, optimizer, loss, 2)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    run(model, optimizer, loss, 3)
 
 
 def test_gradients_that_are_not_finite_say_nothing() -> None:
