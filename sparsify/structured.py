@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from sparsify import costs, layouts
+from sparsify import costs, rows
 from sparsify.checks import check_between, check_whole
 from sparsify.method import Method, steady_updates
 
@@ -40,7 +40,7 @@ def SRigL(  # noqa: N802
         check_whole("fan_in", fan_in)
     check_between("ablation", ablation, closed_below=True)
     updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
-    return Method("srigl", partial(costs.rigl, interval), updates, layouts.fan_in(ablation, fan_in))
+    return Method("srigl", partial(costs.rigl, interval), updates, rows.fan_in(ablation, fan_in))
 
 
 def NM(  # noqa: N802
@@ -79,4 +79,4 @@ def NM(  # noqa: N802
     if n > m:
         raise ValueError(f"n={n} is larger than m={m}: of {m} weights at most {m} can be kept.")
     updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
-    return Method("nm", partial(costs.rigl, interval), updates, layouts.n_of_m(n, m))
+    return Method("nm", partial(costs.rigl, interval), updates, rows.n_of_m(n, m))

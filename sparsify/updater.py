@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.mask import masks_of
 from sparsify import ranks
 from sparsify.attaching import check_attach
 from sparsify.attachment import Attachment
-from sparsify.history import History, State, Topology
+from sparsify.history import History, State
 from sparsify.loading import changed_schedule, check_before_load, settle_after_load
 from sparsify.method import Goal, Method
+from sparsify.readings import Readings
 
 
-class Updater(nn.Module):
+class Updater(Readings):
     """Changes the masks of one model by one method; made by `sparsify`, found at `model.updater`.
 
     Args:
@@ -32,8 +32,6 @@ class Updater(nn.Module):
         opaque: paths of the modules whose own code is not part of a graph.
         seed: of what the method draws at random.
     """
-
-    skipped: Tensor
 
     def __init__(
         self,
@@ -68,100 +66,6 @@ class Updater(nn.Module):
             model.register_load_state_dict_pre_hook(check_before_load),
             model.register_load_state_dict_post_hook(settle_after_load),
         )
-
-    # What people read.
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """{parameter name: bool mask}, of the weights that are masked now."""
-        return {name: mask.mask for name, mask in masks_of(self._model[0]).items()}
-
-    @property
-    def nonzeros(self) -> dict[str, int]:
-        """{parameter name: number of kept weights}, from the host's own counts."""
-        return {name: mask.nonzeros for name, mask in masks_of(self._model[0]).items()}
-
-    @property
-    def densities(self) -> dict[str, float]:
-        """{parameter name: kept fraction, in (0, 1]}."""
-        return {name: mask.density for name, mask in masks_of(self._model[0]).items()}
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run, as told to `attach`; 0 before."""
-        return self._total_steps
-
-    @property
-    def history(self) -> list[Topology]:
-        """The counts at the start of training and after every update since, oldest first."""
-        return self._history.topologies({name: mask.numel() for name, mask in self.masks.items()})
-
-    @property
-    def pruned(self) -> bool:
-        """Whether the masks are sparse yet: a method that prunes while training starts dense."""
-        return not self.method.prunes or any(density < 1 for density in self.densities.values())
-
-    @property
-    def pruned_all(self) -> bool:
-        """Whether nothing is left to prune: the method does not, or its last pruning is over."""
-        updates = self.method.updates
-        if not self.method.prunes or updates is None:
-            return True
-        return self._total_steps > 0 and self.step >= updates.steps(self._total_steps)[-1]
-
-    @property
-    def replaced(self) -> tuple[str, ...]:
-        """The weights that were masked once and whose layer has been replaced since; the new layer is dense."""
-        return tuple(name for name in self.goals if name not in masks_of(self._model[0]))
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken since `attach`; with several optimizers, by the one that has taken most."""
-        return max(self._clocks())
-
-    @property
-    def gradients_are_dense(self) -> bool:
-        """Whether the next backward pass computes gradients of dropped weights too, as an update needs them.
-
-        A CUDA graph that you capture yourself holds one of the two: capture both, and replay the one that fits.
-        """
-        return any(mask.dense_gradient for mask in masks_of(self._model[0]).values())
-
-    @property
-    def skipped_updates(self) -> int:
-        """Updates of an optimizer that left its masks as they were because a gradient was not finite. Reads the device."""
-        count = self._skipped_before + (0 if self.skipped.is_meta else int(self.skipped))
-        if count > self._skipped_before:
-            warnings.warn(
-                f"{count - self._skipped_before} topology updates met a gradient that was NaN or infinite and left every "
-                f"mask as it was. Lower the learning rate, clip gradients, or look for the source.",
-                stacklevel=2,
-            )
-            self._skipped_before = count
-            self.skipped.zero_()
-        return count
-
-    def scalars(self) -> dict[str, float]:
-        """Return what is worth a curve, for TensorBoard or any other logger. Reads the device.
-
-        Example:
-            >>> from sparsify import sparsify
-            >>> sorted(sparsify(nn.Sequential(nn.Linear(10, 10)), density=0.5).updater.scalars().items())[:2]
-            [('sparsity/density', 0.5), ('sparsity/density/0.weight', 0.5)]
-        """
-        sizes = {name: mask.numel() for name, mask in self.masks.items()}
-        overall = {
-            "density": sum(self.nonzeros.values()) / sum(sizes.values()),
-            "updates": float(max(0, len(self._history.entries) - 1)),
-            "skipped_updates": float(self.skipped_updates),
-        }
-        return {
-            f"sparsity/{k}": v for k, v in (overall | {f"density/{n}": d for n, d in self.densities.items()}).items()
-        }
-
-    def extra_repr(self) -> str:
-        """Name the method and the step."""
-        return f"method={self.method.name}, masks={len(self.goals)}, step={self.step}"
 
     # What a training loop calls.
 
@@ -283,9 +187,6 @@ class Updater(nn.Module):
         self._history.record(step, self.nonzeros)
 
     # What state_dict, copies and loading need.
-
-    def _clocks(self) -> list[int]:
-        return [a.step for a in self._attached] or self._steps
 
     def renew(self) -> None:
         """After a load, derive from the step whether the next gradients have to be dense, and look at everything again."""

@@ -1,0 +1,120 @@
+"""Readings: what people, loggers and reports read of an updater."""
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from passes.mask import masks_of
+from sparsify.history import History, Topology
+from sparsify.method import Goal, Method
+
+
+class Readings(nn.Module):
+    """The part of an updater that is read; abstract, `Updater` is the whole."""
+
+    method: Method
+    goals: dict[str, Goal]
+    rules: dict[str, str]
+    skipped: Tensor
+    _model: tuple[nn.Module]
+    _attached: list[Any]
+    _steps: list[int]
+    _total_steps: int
+    _history: History
+    _skipped_before: int
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """{parameter name: bool mask}, of the weights that are masked now."""
+        return {name: mask.mask for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def nonzeros(self) -> dict[str, int]:
+        """{parameter name: number of kept weights}, from the host's own counts."""
+        return {name: mask.nonzeros for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """{parameter name: kept fraction, in (0, 1]}."""
+        return {name: mask.density for name, mask in masks_of(self._model[0]).items()}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as told to `attach`; 0 before."""
+        return self._total_steps
+
+    @property
+    def history(self) -> list[Topology]:
+        """The counts at the start of training and after every update since, oldest first."""
+        return self._history.topologies({name: mask.numel() for name, mask in self.masks.items()})
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the masks are sparse yet: a method that prunes while training starts dense."""
+        return not self.method.prunes or any(density < 1 for density in self.densities.values())
+
+    @property
+    def pruned_all(self) -> bool:
+        """Whether nothing is left to prune: the method does not, or its last pruning is over."""
+        updates = self.method.updates
+        if not self.method.prunes or updates is None:
+            return True
+        return self._total_steps > 0 and self.step >= updates.steps(self._total_steps)[-1]
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The weights that were masked once and whose layer has been replaced since; the new layer is dense."""
+        return tuple(name for name in self.goals if name not in masks_of(self._model[0]))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since `attach`; with several optimizers, by the one that has taken most."""
+        return max(self._clocks())
+
+    @property
+    def gradients_are_dense(self) -> bool:
+        """Whether the next backward pass computes gradients of dropped weights too, as an update needs them.
+
+        A CUDA graph that you capture yourself holds one of the two: capture both, and replay the one that fits.
+        """
+        return any(mask.dense_gradient for mask in masks_of(self._model[0]).values())
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of an optimizer that left its masks as they were because a gradient was not finite. Reads the device."""
+        count = self._skipped_before + (0 if self.skipped.is_meta else int(self.skipped))
+        if count > self._skipped_before:
+            warnings.warn(
+                f"{count - self._skipped_before} topology updates met a gradient that was NaN or infinite and left every "
+                f"mask as it was. Lower the learning rate, clip gradients, or look for the source.",
+                stacklevel=2,
+            )
+            self._skipped_before = count
+            self.skipped.zero_()
+        return count
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is worth a curve, for TensorBoard or any other logger. Reads the device.
+
+        Example:
+            >>> from sparsify import sparsify
+            >>> sorted(sparsify(nn.Sequential(nn.Linear(10, 10)), density=0.5).updater.scalars().items())[:2]
+            [('sparsity/density', 0.5), ('sparsity/density/0.weight', 0.5)]
+        """
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        overall = {
+            "density": sum(self.nonzeros.values()) / sum(sizes.values()),
+            "updates": float(max(0, len(self._history.entries) - 1)),
+            "skipped_updates": float(self.skipped_updates),
+        }
+        return {
+            f"sparsity/{k}": v for k, v in (overall | {f"density/{n}": d for n, d in self.densities.items()}).items()
+        }
+
+    def extra_repr(self) -> str:
+        """Name the method and the step."""
+        return f"method={self.method.name}, masks={len(self.goals)}, step={self.step}"
+
+    def _clocks(self) -> list[int]:
+        return [a.step for a in self._attached] or self._steps
