@@ -40,11 +40,11 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
             raise ValueError(
                 f"The state_dict's mask of {name} keeps {total} weights, {says}: the file is damaged or was edited."
             )
-        if updater is not None and not updater.method.layout.allows(mask, updater.goals[name].out_dim):
+        goal = updater.goals.get(name) if updater is not None else None
+        if updater is not None and goal is not None and not updater.method.layout.allows(mask, goal.out_dim):
             raise ValueError(
-                f"The state_dict's mask of {name} does not follow the layout {updater.method.layout.name}, which the "
-                f"model's method keeps. "
-                f"Load it into a model with method='static' or 'rigl'."
+                f"The state_dict's mask of {name} does not follow the layout {updater.method.layout.name}, which the model's "
+                f"method keeps. Load it into a model with method='static' or 'rigl'."
             )
 
 
