@@ -24,7 +24,7 @@ test: install  ## the whole gate
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tests/check_wheel.py
 
-sweep: install  ## every combination that the gate samples, in about a quarter of an hour
+sweep: install  ## every combination that the gate samples, in about ten minutes
 	$(BIN)/python -m pytest -n 2 -m sweep tests/test_matrix.py
 
 format: install
