@@ -116,10 +116,12 @@ class Attachment:
         step, updates = self.step, self.updater.method.updates
         changes = self._updates_at(step)
         replaced = changes and updates is not None and updates.replaces_step()
-        self._watch.after_step(moved=not replaced)
-        if changes:
-            if not replaced:
+        if not replaced:
+            self._watch.mask_moved()
+            if changes:
                 self._update(step)
+        self._watch.after_step()
+        if changes:
             opt.forget_history(optimizer)
         if self._dense_at(step + 1) != self._dense_at(step):
             self._derive_dense_gradients()

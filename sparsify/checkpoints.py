@@ -81,7 +81,7 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     if set(loaded) != set(parts):
         raise ValueError(
             f"{path} holds the parts {', '.join(loaded)}; asked for was {', '.join(parts) or 'none'}. Name the same parts as "
-            f"in save_checkpoint(); to read one alone, torch.load(path)[{loaded[0]!r}] has its state_dict."
+            f"in save_checkpoint(); to read one alone, torch.load(path) has their state_dicts by name."
         )
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     for name, part in parts.items():

@@ -8,7 +8,6 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -16,6 +15,7 @@ from torch import nn
 
 from sparsify.api import sparsify
 from sparsify.distributions import DISTRIBUTIONS
+from sparsify.files import check_folder
 from sparsify.flops import flop_report
 from sparsify.methods import METHODS
 from sparsify.report import FlopReport
@@ -140,8 +140,8 @@ def _run(options: argparse.Namespace) -> None:
     shape = options.input or _default_shape(model)
     names = options.distribution.split(",")
     for path in (options.json, options.plot, options.graph):
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}. Make it first.")
+        if path:
+            check_folder(path)
     if len(names) > 1 and (options.graph or options.plot or options.coverage):
         raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
     reports = {}

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless the folder of a file that is to be written exists."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {Path(path).parent}. Make it first.")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the block a path to write to, and move what it wrote to `path`, at once, when it ends well.
@@ -21,8 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ('whole', ['notes.txt'])
     """
     place = Path(path)
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"{place} cannot be written: there is no folder {place.parent}. Make it first.")
+    check_folder(place)
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         yield partial

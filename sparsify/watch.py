@@ -83,10 +83,12 @@ class Watch:
         self._looked = True
         _mask([b for b, _ in seen])
 
-    def after_step(self, moved: bool) -> None:
-        """Mask what the step may have moved, if it did."""
-        if moved:
-            _mask(self._moved)
+    def mask_moved(self) -> None:
+        """Mask what an ordinary step may have moved."""
+        _mask(self._moved)
+
+    def after_step(self) -> None:
+        """Remember the weights as the step, and an update after it, left them."""
         self._traces = [_trace(b) for b in self.bound]
         self.fresh = False
 

@@ -374,6 +374,12 @@ def test_what_could_not_be_read_again_is_not_written(parts: dict, message: str, 
     assert (loaded["config"], loaded["note"]) == (plain["config"], None)
 
 
+def test_parts_that_were_not_saved_are_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run.pt", epoch=1)
+    with pytest.raises(ValueError, match="asked for was model"):
+        load_checkpoint(tmp_path / "run.pt", model=make(RigL()))
+
+
 def test_a_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     save_checkpoint(path, epoch=1)
