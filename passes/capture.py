@@ -6,7 +6,7 @@ the model run the graphs.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from passes.effects import Snapshot, rng_state
-from passes.tracer import Tracer, failing_function, is_builtin
+from passes.arguments import Arguments, arguments_of
+from passes.asking import answering
+from passes.effects import Snapshot, functions_of
+from passes.frames import failing_place
+from passes.tracer import Tracer, failing_function, is_builtin, is_container
 
 _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
 
@@ -37,11 +40,14 @@ def _check_names(module: nn.Module, path: str) -> None:
 class Region:
     """A module that fx traces: one graph per mode, the same object where the modes do not differ.
 
-    `constants` are the tensors that forward creates and the graphs read, by attribute name.
+    `constants` are the tensors that forward creates and the graphs read, by attribute name; `arguments` are those that the
+    graphs hold for; `through` are the paths of the modules inside that the graphs show instead of calling them.
     """
 
     graphs: dict[bool, fx.Graph]  # {module.training: graph}
     constants: dict[str, torch.Tensor]
+    arguments: Arguments
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Capture:
     Attributes:
         regions: the modules that are graphs.
         opaque: the modules that stay Python code, each with the reason.
-        leaves: torch.nn's own modules that such code calls and that are no graphs either, such as nn.GRU.
+        leaves: torch.nn's own modules that such code calls, such as nn.GRU.
     """
 
     regions: dict[str, Region]
@@ -59,15 +65,17 @@ class Capture:
     leaves: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, blocks: Iterable[str] = ()) -> Capture:
+def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str] | None = None) -> Capture:
     """Trace the maximal traceable regions of a model; the model is left as it was.
 
     The whole model is one region (path "") where fx can trace it. A module whose Python code cannot be traced, or that
-    does more than a graph can hold (draws random numbers, writes buffers), stays a module; the search goes on inside it.
+    does more than a graph can hold (draws random numbers, writes buffers, switches gradients off), stays a module; the search
+    goes on inside it.
 
     Args:
         model: any module, on any device including meta.
         blocks: paths of modules that stay modules: a region each, which the graph around them calls.
+        python: {path: reason} of modules that are to stay Python code.
 
     Returns:
         The regions and the reasons for what is not one.
@@ -84,27 +92,31 @@ def trace(model: nn.Module, blocks: Iterable[str] = ()) -> Capture:
     opaque: dict[str, str] = {}
     leaves: list[str] = []
     seen: set[nn.Module] = set()
-    whole = frozenset(model.get_submodule(path) for path in blocks)
+    python = python or {}
+    whole = frozenset(model.get_submodule(path) for path in (*blocks, *python))
 
     def visit(path: str, module: nn.Module) -> None:
         if module in seen or next(module.parameters(), None) is None:
             return
         seen.add(module)
-        traced = _why_not(module, path) or _trace_region(module, whole)
-        if isinstance(traced, str) and is_builtin(module):
+        inside = [name for name, _ in module.named_children()]
+        if path and is_builtin(module):
             leaves.append(path)
-            inside = []
-        elif isinstance(traced, str):
-            opaque[path] = traced
-            inside = [name for name, _ in module.named_children()]
-        else:
+            return
+        traced = python.get(path) or _why_not(module, path) or _trace_region(module, whole - {module})
+        if isinstance(traced, Region):
             _check_names(module, path)
             regions[path] = traced
             inside = [name for name, leaf in called_modules(module, traced.graphs) if not is_builtin(leaf)]
+        elif is_builtin(module):
+            leaves.append(path)
+            return
+        elif not is_container(module) or module._parameters:
+            opaque[path] = traced
         for name in inside:
             visit(f"{path}.{name}" if path else name, module.get_submodule(name))
 
-    with _modes_kept(model):
+    with _modes_kept(model), answering(model):
         visit("", model)
     return Capture(regions, opaque, tuple(leaves))
 
@@ -117,6 +129,8 @@ def called_modules(module: nn.Module, graphs: dict[bool, fx.Graph]) -> list[tupl
 
 def _why_not(module: nn.Module, path: str) -> str | None:
     """Say why one graph cannot stand for a module, before it is traced: nobody knows with which arguments it is called."""
+    if is_container(module):
+        return "it has no forward: other code reads it"
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
     parameters = inspect.signature(type(module).forward).parameters.values()
@@ -129,34 +143,56 @@ def _why_not(module: nn.Module, path: str) -> str | None:
 
 def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | str:
     """Trace one module in both modes, or say why it cannot be."""
-    before, graphs = Snapshot.of(module, rng_state()), {}
-    inside = [(path, child, dict(vars(child))) for path, child in module.named_modules() if path]
+    state, reason = Snapshot(module.modules(), _hooks(module)), ""
+    for careful in (False, True):  # the second time finds what inside the module changes the state
+        traced = _trace_modes(module, state, blocks, careful)
+        reason = traced if isinstance(traced, str) else state.difference()
+        state.restore()
+        if not reason and isinstance(traced, Region):
+            return traced
+        if isinstance(traced, str):
+            break
+    return f"it {reason}" if not isinstance(traced, str) else traced
+
+
+def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    return [h for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values()]
+
+
+def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool) -> Region | str:
+    graphs, tracers, constants = {}, [], {}
+    own = dict(vars(module))
     try:
         for mode in (True, False):
             for child in module.modules():
                 vars(child)["training"] = mode
-            graphs[mode] = _without_unread_attributes(_trace_graph(module, before, blocks))
+            graphs[mode], tracer = _trace_graph(module, state, blocks, careful)
+            tracers.append(tracer)
+            _drop_unread_attributes(graphs[mode])
     except Exception as error:
-        _undo_writes(inside)
-        before.restore(module)
-        return f"{type(error).__name__}: {error}"
-    constants = _constants(module, before)
-    for name in constants:
-        delattr(module, name)
-    vars(module)["training"] = before.attributes["training"]
-    if reason := _undo_writes(inside) or before.difference(module):
-        before.restore(module)
-        return reason
+        state.restore()
+        where = failing_place(error)
+        return (
+            f"{error if str(error).startswith('it ') else f'{type(error).__name__}: {error}'}"
+            + f" ({where})" * bool(where)
+        )
+    finally:
+        constants = _take_constants(module, own)
     if _facts(graphs[True]) == _facts(graphs[False]):
         graphs[False] = graphs[True]
-    return Region(graphs, constants)
+    through = sorted({path for tracer in tracers for path in tracer.through})
+    code = [f for path in ("", *through) for cls in type(module.get_submodule(path)).__mro__ for f in functions_of(cls)]
+    assumed = {name for tracer in tracers for name in tracer.assumed}
+    return Region(graphs, constants, arguments_of(type(module).forward, assumed, code), tuple(through))
 
 
-def _trace_graph(module: nn.Module, before: Snapshot, blocks: frozenset[nn.Module]) -> fx.Graph:
+def _trace_graph(
+    module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool
+) -> tuple[fx.Graph, Tracer]:
     """Trace a module in its mode; the graph calls Python functions that cannot be traced into as they are."""
     called: set[Callable[..., Any]] = set()
     while True:
-        tracer, kept = Tracer(before.rng, called, blocks), _constants(module, before)
+        tracer, own = Tracer(state, called, blocks, careful), dict(vars(module))
         try:
             graph = tracer.trace(module)
         except Exception as error:
@@ -165,39 +201,27 @@ def _trace_graph(module: nn.Module, before: Snapshot, blocks: frozenset[nn.Modul
                 raise
         else:
             if tracer.refused <= called:
-                return graph
+                return graph, tracer
         called |= tracer.refused
-        for name in _constants(module, before).keys() - kept.keys():
-            delattr(module, name)
+        _take_constants(module, own)
 
 
-def _constants(module: nn.Module, before: Snapshot) -> dict[str, torch.Tensor]:
-    """The tensors that tracing has put onto a module."""
-    return {k: v for k, v in vars(module).items() if k not in before.attributes and isinstance(v, torch.Tensor)}
-
-
-def _undo_writes(inside: list[tuple[str, nn.Module, dict[str, Any]]]) -> str | None:
-    """Give the modules inside a region their attributes back, and say which had been written to."""
-    reason = None
-    for path, module, attributes in inside:
-        now = vars(module)
-        now["training"] = attributes["training"]
-        if len(now) != len(attributes) or any(now.get(k) is not v for k, v in attributes.items()):
-            now.clear()
-            now.update(attributes)
-            reason = reason or f"writes an attribute of its child {path!r}"
-    return reason
+def _take_constants(module: nn.Module, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the tensors that tracing has put onto a module off it, and return them."""
+    found = {k: v for k, v in vars(module).items() if k not in own and isinstance(v, torch.Tensor)}
+    for name in found:
+        delattr(module, name)
+    return found
 
 
 def _facts(graph: fx.Graph) -> list[tuple[str, ...]]:
     return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
 
 
-def _without_unread_attributes(graph: fx.Graph) -> fx.Graph:
+def _drop_unread_attributes(graph: fx.Graph) -> None:
     # `tensor.shape` that only an error message mentions leaves a node that generated code would not reproduce.
     for node in [n for n in graph.nodes if n.target is getattr and not n.users]:
         graph.erase_node(node)
-    return graph
 
 
 @contextlib.contextmanager

@@ -2,30 +2,36 @@
 
 import copy
 import functools
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.package.importer import sys_importer
 
+from passes.arguments import Arguments
 from passes.capture import Capture
+from passes.host import Host, container_methods, run_reading
+from passes.tracer import HOOKS, TypedTracer
 
 _OWN = ("_compiled_call_impl",)  # what Module.compile() made calls this module, and no copy of it
 _UNPICKLED = ("_graphs", "_forwards", *_OWN)
 
 
-class Captured(fx.GraphModule):
+class Captured(Host, fx.GraphModule):
     """A module that runs its graphs: an `fx.GraphModule` with one graph per mode, and its own class besides.
 
     `graph`, `code` and everything fx does with them are those of the current mode; assigning `graph` replaces that of
     the current mode, or of both while they are one. `forward` chooses between two fixed functions by `self.training`,
-    so that `torch.compile` and pickling see both.
+    so that `torch.compile` and pickling see both. Where a call is none that the graphs hold for (other kinds of arguments,
+    hooks or modes of modules that they do not call), the module's own Python code runs, on the masked weights.
     """
 
     _graphs: dict[bool, fx.Graph]
     _forwards: dict[bool, Callable[..., Any]]
+    _arguments: Arguments
+    _through: tuple[nn.Module, ...]  # that the graphs show instead of calling them
     _lineno_map: ClassVar[dict[int, int]] = {}  # dynamo asks which nodes the lines of `forward` are: none
 
     @property
@@ -70,23 +76,30 @@ class Captured(fx.GraphModule):
         _set_graphs(self, {mode: graphs[source[0]] for mode, source in sources.items()})
 
 
-class CapturedSequential(Captured):
-    """A captured `nn.Sequential`: its items are the layers that it had, not what is attached to it afterwards."""
+def _holds(module: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the graphs of a module stand for a call of it."""
+    if not module._arguments.fit(args, kwargs):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    by_mode = module._graphs[True] is not module._graphs[False]
+    for inner in module._through:
+        attributes = vars(inner)
+        if (by_mode and attributes["training"] is not module.training) or any(attributes[hooks] for hooks in HOOKS):
+            return False
+    return True
 
-    _layers: tuple[str, ...]
 
-    def _items(self) -> nn.Sequential:
-        layers = ((name, self._modules.get(name)) for name in self._layers)
-        return nn.Sequential(OrderedDict((name, layer) for name, layer in layers if layer is not None))
-
-    def __len__(self) -> int:
-        return len(self._items())
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._items())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._items()[index]
+def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a module's own code, unless its graphs do what that code does not."""
+    masks_transformed = any("transformed" in node.kwargs for node in module.graph.nodes)
+    if masks_transformed or vars(module).get("keeps_graph"):
+        raise ValueError(
+            f"{base.__name__} is a graph, which holds for calls with tensors and its optional arguments at their defaults, and "
+            f"for modules inside it without hooks and in its own mode. Its Python code cannot stand in, since the graph masks "
+            f"weights after they are transformed, or is narrower."
+        )
+    return run_reading(base.forward, module, *args, **kwargs)
 
 
 def user_class(module: nn.Module) -> type[nn.Module]:
@@ -98,12 +111,12 @@ def user_class(module: nn.Module) -> type[nn.Module]:
 def _captured_class(base: type[nn.Module]) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
-        return self._forwards[self.training](self, *args, **kwargs)
+        if _holds(self, args, kwargs):
+            return self._forwards[self.training](self, *args, **kwargs)
+        return _run_python(self, base, args, kwargs)
 
-    kind = CapturedSequential if issubclass(base, nn.Sequential) else Captured
-    return type(
-        base.__name__, (kind, base), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
-    )
+    own = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+    return type(base.__name__, (Captured, base), own | container_methods(base))
 
 
 def _new_captured(base: type[nn.Module]) -> Captured:
@@ -115,10 +128,8 @@ def _source(graph: fx.Graph) -> tuple[str, list[str]]:
     return _format_import_block(code.globals, sys_importer) + code.src, [node.name for node in graph.nodes]
 
 
-class _SourceTracer(fx.Tracer):
-    """Traces generated code: every module is called whole, every buffer is read by a node."""
-
-    proxy_buffer_attributes = True
+class _SourceTracer(TypedTracer):
+    """Traces generated code: every module is called whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -165,7 +176,8 @@ def install(model: nn.Module, capture: Capture) -> nn.Module:
         module.__class__ = _captured_class(user_class(module) if isinstance(module, Captured) else type(module))
         # What GraphModule.__init__ would set; fx's own tools read these.
         vars(module).update(
-            _layers=tuple(module._modules),
+            _arguments=region.arguments,
+            _through=tuple(module.get_submodule(inner) for inner in region.through),
             meta={},
             shape_env=None,
             _tracer_cls=None,

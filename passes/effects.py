@@ -1,20 +1,27 @@
-"""What Python code leaves behind when it runs: random numbers drawn, attributes written.
+"""What Python code leaves behind when it runs: random numbers drawn, attributes, containers, objects and globals written.
 
-A graph records tensor operations only. Code that also draws random numbers while it is traced, or writes to its module,
-would be frozen at what it did once; comparing a snapshot before with the state after is how `capture` finds out.
+A graph records tensor operations only. Code that does more while it is traced would be frozen at what it did once; a snapshot
+from before, compared with the state after, is how `capture` finds out.
 """
 
 import contextlib
+import functools
+import logging
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_CONTAINERS = (dict, list, set)
+_ATOMS = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
+) | {FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter, torch.Generator}
+_MISSING = object()
+_UNWRITTEN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # hooks, for one: not by forward
 
 
 def rng_state() -> tuple[Any, ...]:
@@ -49,61 +56,260 @@ def preserve_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """The random generators and one module's own attributes and buffers, as they were."""
+    """The random generators, and the Python state that some modules and hooks can reach, as they were.
 
-    rng: tuple[Any, ...]
-    attributes: dict[str, Any]
-    buffers: dict[str, tuple[torch.Tensor, int, torch.Tensor]]  # name: (buffer, version, copy of its values)
+    That is their attributes, buffers, and tensors, what containers and plain objects among these hold, the attributes of the
+    classes, and the globals that the code names.
 
-    @classmethod
-    def of(cls, module: nn.Module, rng: tuple[Any, ...]) -> "Snapshot":
-        """Take a snapshot of `module` itself, not of its children, while the generators are in the state `rng`."""
-        attributes = {k: v.copy() if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
-        buffers = {k: (b, b._version, b.detach().clone()) for k, b in module._buffers.items() if b is not None}
-        return cls(rng, attributes, buffers)
+    Args:
+        modules: whose state to remember.
+        functions: whose closures and globals to remember.
+    """
 
-    def difference(self, module: nn.Module) -> str | None:
-        """Say what has changed since, or return None where nothing has."""
+    def __init__(self, modules: Iterable[nn.Module], functions: Iterable[Callable[..., Any]] = ()) -> None:
+        self.rng = rng_state()
+        self._records: dict[int, _Record] = {}
+        self._classes: set[type] = set()
+        self._modules = [(module, list(self._of_module(module))) for module in modules]
+        self._shared = list(self._of_code(functions))
+
+    def difference(self, module: nn.Module | None = None) -> str | None:
+        """Say what has changed since, in all modules or in one and the modules inside it; None where nothing has."""
         if _rng_moved(self.rng):
             return "draws random numbers"
-        now = vars(module)
-        for name in now.keys() ^ self.attributes.keys():
-            return f"writes its attribute {name!r}"
-        for name, saved in self.attributes.items():
-            if now[name] is not saved and not _same(now[name], saved):
-                return f"writes its attribute {name!r}"
-        for name, (buffer, version, _) in self.buffers.items():
-            if buffer._version != version:
-                return f"writes its buffer {name!r}"
-        return None
+        return next((record.what() for record in self._chosen(module) if record.changed()), None)
 
-    def restore(self, module: nn.Module) -> None:
-        """Undo every change: generators, attributes, what containers hold, and buffer values."""
+    def restore(self, module: nn.Module | None = None) -> None:
+        """Undo the changes of all modules, or of one and the modules inside it."""
         set_rng_state(self.rng)
-        now = vars(module)
-        for name in now.keys() - self.attributes.keys():
-            del now[name]
-        for name, saved in self.attributes.items():
-            if isinstance(saved, _CONTAINERS) and type(now.get(name)) is type(saved):
-                _refill(now[name], saved)
-            else:
-                now[name] = saved
-        for buffer, version, values in self.buffers.values():
-            if buffer._version != version:
-                buffer.copy_(values)
+        for record in self._chosen(module):
+            if record.changed():
+                record.restore()
+
+    def _chosen(self, module: nn.Module | None) -> Iterator["_Record"]:
+        inside = None if module is None else set(module.modules())
+        for owner, records in self._modules:
+            if inside is None or owner in inside:
+                yield from records
+        yield from self._shared
+
+    def _of_module(self, module: nn.Module) -> Iterator["_Record"]:
+        attributes = vars(module)
+        yield _Attributes(attributes, "writes its attribute")
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield from self._reach(buffer, f"writes its buffer {name!r}")
+        for name, value in attributes.items():
+            if type(value) not in _ATOMS and name not in _UNWRITTEN:
+                yield from self._reach(value, f"writes its attribute {name!r}")
+        self._classes.update(c for c in type(module).__mro__ if _is_users(c))
+
+    def _of_code(self, functions: Iterable[Callable[..., Any]]) -> Iterator["_Record"]:
+        code = [f for cls in self._classes for f in functions_of(cls)]
+        for cls in self._classes:
+            yield _ClassAttributes(cls, f"writes an attribute of its class {cls.__name__}")
+        for function in functions:
+            function = function.__func__ if isinstance(function, MethodType) else function
+            for cell in getattr(function, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    yield from self._reach(cell.cell_contents, "writes to what a hook remembers")
+            code += [function] if isinstance(function, FunctionType) else []
+        for function in code:
+            for name in _global_names(function.__code__):
+                value = function.__globals__.get(name, _MISSING)
+                if value is not _MISSING and id(value) not in self._records:
+                    yield _Global(function.__globals__, name, f"writes the global {name!r}")
+                    yield from self._reach(value, f"writes to the global {name!r}")
+
+    def _reach(self, value: Any, label: str) -> Iterator["_Record"]:
+        """Yield records of a value and of what can be reached from it; modules have their own."""
+        kind = type(value)
+        if kind in _ATOMS or id(value) in self._records or isinstance(value, (nn.Module, type)):
+            return
+        if kind is tuple or kind is frozenset:
+            for item in value:
+                yield from self._reach(item, label)
+            return
+        record = _record(value, label)
+        if record is None:
+            return
+        self._records[id(value)] = record
+        yield record
+        for item in record.items():
+            if type(item) not in _ATOMS:
+                yield from self._reach(item, label)
 
 
-def _same(now: Any, saved: Any) -> bool:
-    # Elements are compared by identity: `==` on a value that holds an fx.Proxy would be recorded into the graph.
-    if not isinstance(saved, _CONTAINERS) or type(now) is not type(saved):
-        return now is saved
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return now.keys() == saved.keys() and all(now[k] is saved[k] for k in saved)
-    return len(now) == len(saved) and {id(v) for v in now} == {id(v) for v in saved}
+def _record(value: Any, label: str) -> "_Record | None":
+    if isinstance(value, Tensor):
+        return None if value.is_inference() or isinstance(value, nn.Parameter) else _Values(value, label)
+    for base, kind in ((dict, _Mapping), (list, _List), (set, _Set), (deque, _List), (np.ndarray, _Array)):
+        if isinstance(value, base):
+            return kind(value, label)
+    return _Mapping(vars(value), label) if hasattr(value, "__dict__") and _is_users(type(value)) else None
 
 
-def _refill(container: Any, saved: Any) -> None:
-    container.clear()
-    container.extend(saved) if isinstance(container, list) else container.update(saved)
+class _Record:
+    """One mutable thing as it was; elements are compared by identity, since `==` on an fx.Proxy would be recorded."""
+
+    def __init__(self, value: Any, label: str) -> None:
+        self.value, self.label = value, label
+        self.saved = self.copy()
+
+    def copy(self) -> Any:
+        return list(self.value)
+
+    def changed(self) -> bool:
+        now, saved = self.value, self.saved
+        return len(now) != len(saved) or any(a is not b for a, b in zip(now, saved, strict=True))
+
+    def restore(self) -> None:
+        self.value.clear()
+        self.value.extend(self.saved)
+
+    def items(self) -> Iterable[Any]:
+        return self.saved
+
+    def what(self) -> str:
+        return self.label
+
+
+class _List(_Record):
+    """A list or a deque."""
+
+
+class _Set(_Record):
+    def copy(self) -> Any:
+        return set(self.value)
+
+    def changed(self) -> bool:
+        return {id(v) for v in self.value} != {id(v) for v in self.saved}
+
+    def restore(self) -> None:
+        self.value.clear()
+        self.value.update(self.saved)
+
+
+class _Mapping(_Record):
+    """A dict of any kind, or the attributes of a plain object."""
+
+    def copy(self) -> Any:
+        return dict(self.value)
+
+    def changed(self) -> bool:
+        now, saved = self.value, self.saved
+        return len(now) != len(saved) or any(now.get(k, _MISSING) is not v for k, v in saved.items())
+
+    def restore(self) -> None:
+        base = OrderedDict if isinstance(self.value, OrderedDict) else dict  # subclasses may refuse writes
+        base.clear(self.value)
+        base.update(self.value, self.saved)
+
+    def items(self) -> Iterable[Any]:
+        return self.saved.values()
+
+
+class _Attributes(_Mapping):
+    """The attributes of a module; `training` is the tracer's to set."""
+
+    def changed(self) -> bool:
+        return bool(self._written())
+
+    def what(self) -> str:
+        return f"{self.label} {self._written()[0]!r}"
+
+    def _written(self) -> list[str]:
+        now, saved = self.value, self.saved
+        new = [k for k in now if k not in saved] if len(now) != len(saved) else []
+        return new + [k for k, v in saved.items() if now.get(k, _MISSING) is not v and k != "training"]
+
+
+class _ClassAttributes(_Mapping):
+    """The attributes of a class, which has a read-only view of them."""
+
+    def copy(self) -> Any:
+        return dict(vars(self.value))
+
+    def changed(self) -> bool:
+        now, saved = vars(self.value), self.saved
+        return len(now) != len(saved) or any(now.get(k, _MISSING) is not v for k, v in saved.items())
+
+    def restore(self) -> None:
+        for name in vars(self.value).keys() - self.saved.keys():
+            delattr(self.value, name)
+        for name, value in self.saved.items():
+            if vars(self.value).get(name, _MISSING) is not value:
+                setattr(self.value, name, value)
+
+
+class _Global(_Record):
+    def __init__(self, namespace: dict[str, Any], name: str, label: str) -> None:
+        self.name = name
+        super().__init__(namespace, label)
+
+    def copy(self) -> Any:
+        return self.value[self.name]
+
+    def changed(self) -> bool:
+        return self.value.get(self.name, _MISSING) is not self.saved
+
+    def restore(self) -> None:
+        self.value[self.name] = self.saved
+
+
+class _Values(_Record):
+    """A tensor that is no parameter: writes in place raise its version."""
+
+    def copy(self) -> Any:
+        self.version = self.value._version
+        return None if self.value.is_meta else self.value.detach().clone()
+
+    def changed(self) -> bool:
+        return self.value._version != self.version
+
+    def restore(self) -> None:
+        if self.saved is not None:
+            self.value.detach().copy_(self.saved)
+        self.version = self.value._version
+
+    def items(self) -> Iterable[Any]:
+        return ()
+
+
+class _Array(_Record):
+    def copy(self) -> Any:
+        return self.value.copy()
+
+    def changed(self) -> bool:
+        return not np.array_equal(self.value, self.saved, equal_nan=self.value.dtype.kind in "fc")
+
+    def restore(self) -> None:
+        self.value[...] = self.saved
+
+    def items(self) -> Iterable[Any]:
+        return ()
+
+
+_FOREIGN = ("torch", "numpy", "logging", "threading", "_thread", "re", "functools", "weakref", "types", "builtins")
+
+
+@functools.cache
+def _is_users(cls: type) -> bool:
+    """Whether a class may keep state that forward writes; loggers remember what they have said, and that is no state."""
+    return cls.__module__.partition(".")[0] not in _FOREIGN and not issubclass(cls, logging.Logger)
+
+
+@functools.cache
+def functions_of(cls: type) -> tuple[FunctionType, ...]:
+    """Return the functions that a class of the user's defines itself."""
+    if not _is_users(cls):
+        return ()
+    return tuple(f for f in vars(cls).values() if isinstance(f, FunctionType))
+
+
+@functools.cache
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Return the global names that a function reads or writes, functions inside it included."""
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _global_names(const)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))  # names of attributes among them do no harm

@@ -7,10 +7,11 @@ from torch import nn
 
 from passes.captured import Captured, user_class
 from passes.mask import Mask, masks_of, zero_dropped_
-from passes.masking import MaskedLeaf, leaf_class
+from passes.masking import Masked, leaf_class
 
 _GRAPH_STATE = (
-    "_layers",
+    "_arguments",
+    "_through",
     "_graphs",
     "_forwards",
     "meta",
@@ -38,8 +39,7 @@ def fold_(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:
             delattr(module, name)
-        if isinstance(module, MaskedLeaf):
-            vars(module).pop("_masked")
+        if isinstance(module, Masked):
             _set_class(module, leaf_class(module))
         elif isinstance(module, Captured):
             if vars(module).get("keeps_graph"):

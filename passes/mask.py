@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.host import Guest
 from passes.shards import is_sharded, local, own_part
 
 _INTEGERS = {
@@ -97,7 +98,7 @@ class MaskTangent(MaskGradient):
 MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-class Mask(nn.Module):
+class Mask(Guest):
     """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
 
     The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation

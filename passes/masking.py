@@ -1,70 +1,80 @@
 """Masking: the rewrite that makes a captured model use its weights through masks.
 
-A weight is reached in two ways: a module whose own code reads its weights becomes
-`Masked<class>`, which runs the original forward with its weights replaced; a weight that a graph reads itself goes
-through a `call_module weight_mask` node on its way to the consumer, and once more where it is transformed before use.
+A weight is reached in two ways. Conv and linear layers call their operation with the masked weight; other modules whose own
+code reads weights, torch.nn's and the user's, run that code, and what it reads is masked (`passes.host`). A weight that a
+graph reads itself goes through a `call_module weight_mask` node on its way to the consumer, and once more where it is
+transformed before use.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from passes.capture import Capture, called_modules
+from passes.host import Host, container_methods, masked, run_reading
 from passes.mask import Mask, zero_dropped_
 from passes.operands import reads
 from passes.tracer import is_builtin
 
 
-class MaskedLeaf(nn.Module):
-    """Mixin: runs the original forward of a torch.nn module with its masked weights in place of the parameters."""
-
-    _masked: tuple[str, ...]  # the weights, by their names inside this module ("weight", "out_proj.weight")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the module's own class."""
-        parameters = []
-        try:
-            for name in self._masked:
-                path, _, attribute = name.rpartition(".")
-                owner = self.get_submodule(path) if path else self
-                weight = owner._parameters[attribute]
-                parameters.append((owner, attribute, weight))
-                _replace(owner, attribute, getattr(owner, f"{attribute}_mask")(weight))
-            return super().forward(*args, **kwargs)
-        finally:
-            for owner, attribute, weight in parameters:
-                _replace(owner, attribute, weight)
+class Masked(Host):
+    """Mixin: a module whose own code, torch.nn's or the user's, runs on masked weights."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_masked, (leaf_class(self),), self.__getstate__()
-
-
-def _replace(owner: nn.Module, attribute: str, weight: Any) -> None:
-    owner._parameters[attribute] = weight
-    if isinstance(owner, nn.RNNBase):  # which reads its weights from a list beside its parameters
-        owner._flat_weights[owner._flat_weights_names.index(attribute)] = weight
+        return _new_masked, (leaf_class(self), type(self).__name__), self.__getstate__()
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a masked torch.nn module had before."""
+    """Return the class that a masked module had before."""
     return type(module).__bases__[1]
 
 
+def _linear(self: Any, input: Tensor) -> Tensor:
+    return F.linear(input, masked(self, "weight"), masked(self, "bias"))
+
+
+def _convolution(self: Any, input: Tensor) -> Tensor:
+    return self._conv_forward(input, masked(self, "weight"), masked(self, "bias"))
+
+
+# What runs without reading anything by its attribute: the forward methods of most weights, and what stands for them.
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    nn.Linear.forward: _linear,
+    **dict.fromkeys((nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward), _convolution),
+}
+
+
+def _flat_weights(self: Any) -> list[Any]:
+    """What recurrent layers read instead of their parameters."""
+    stored = vars(self)["_flat_weights"]
+    names = zip(self._flat_weights_names, stored, strict=False)
+    return [getattr(self, name) if isinstance(weight, nn.Parameter) else weight for name, weight in names]
+
+
+def _set_flat_weights(self: Any, weights: list[Any]) -> None:
+    vars(self)["_flat_weights"] = weights
+
+
 @functools.cache
-def _masked_class(base: type[nn.Module]) -> type[MaskedLeaf]:
+def _masked_class(base: type[nn.Module], name: str) -> Any:
+    direct = _DIRECT.get(base.forward)
+
     @functools.wraps(base.forward)  # signature and module of the original, by which `is_builtin` goes
-    def forward(self: MaskedLeaf, *args: Any, **kwargs: Any) -> Any:
-        return MaskedLeaf.forward(self, *args, **kwargs)
+    def forward(self: Masked, *args: Any, **kwargs: Any) -> Any:
+        return direct(self, *args, **kwargs) if direct else run_reading(base.forward, self, *args, **kwargs)
 
-    namespace = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
-    return type(f"Masked{base.__name__}", (MaskedLeaf, base), namespace)
+    own: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+    if issubclass(base, nn.RNNBase):
+        own["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    return type(name, (Masked, base), own | container_methods(base))
 
 
-def _new_masked(base: type[nn.Module]) -> MaskedLeaf:
-    return nn.Module.__new__(_masked_class(base))
+def _new_masked(base: type[nn.Module], name: str) -> Masked:
+    return nn.Module.__new__(_masked_class(base, name))
 
 
 def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) -> nn.Module:
@@ -82,22 +92,24 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         The same object.
     """
     by_weight = {model.get_parameter(name): mask for name, mask in masks.items()}
+    own_code = {model.get_submodule(path) for path in (*capture.opaque, *capture.leaves)}
+    regions = {model.get_submodule(path) for path in capture.regions}
     for module in list(model.modules()):
-        for attribute, weight in module._parameters.items():
-            if weight is not None and weight in by_weight:
-                module.add_module(f"{attribute}_mask", by_weight[weight])
+        names = [name for name, weight in module._parameters.items() if weight is not None and weight in by_weight]
+        for name in names:
+            module.add_module(f"{name}_mask", by_weight[module._parameters[name]])
+        composite = is_builtin(module) and any(p in by_weight for p in module.parameters())
+        if module not in regions and (names or module in own_code or composite):
+            name = type(module).__name__
+            module.__class__ = _masked_class(type(module), f"Masked{name}" if names else name)
     for weight, mask in by_weight.items():
         if not weight.is_meta:
             with torch.no_grad():
                 zero_dropped_(weight, mask.mask)
         mask.train(model.training)
-    for path in capture.leaves:
-        _mask_leaf(model.get_submodule(path), by_weight)
-    for path in capture.opaque:
-        _mask_own(model.get_submodule(path), by_weight)
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
-        hidden = {target for target, leaf in called_modules(module, region.graphs) if _mask_leaf(leaf, by_weight)}
+        hidden = {t for t, leaf in called_modules(module, region.graphs) if _holds_weights(leaf, by_weight)}
         for graph in dict.fromkeys(region.graphs.values()):
             _mask_transformed(module, graph, by_weight)
             _mask_reads(module, graph, by_weight)
@@ -106,21 +118,8 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
     return model
 
 
-def _mask_leaf(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
-    """Make a torch.nn module run with its weights masked, and tell whether it has any."""
-    return is_builtin(leaf) and _set_masked(leaf, tuple(name for name, p in leaf.named_parameters() if p in masks))
-
-
-def _mask_own(module: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
-    """Make a module whose Python code reads its own parameters run with them masked."""
-    _set_masked(module, tuple(name for name, p in module.named_parameters(recurse=False) if p in masks))
-
-
-def _set_masked(module: nn.Module, names: tuple[str, ...]) -> bool:
-    if names and not isinstance(module, MaskedLeaf):
-        module.__class__ = _masked_class(type(module))
-        vars(module)["_masked"] = names
-    return bool(names)
+def _holds_weights(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
+    return is_builtin(leaf) and any(p in masks for p in leaf.parameters())
 
 
 def _mask_transformed(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:

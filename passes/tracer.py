@@ -1,39 +1,54 @@
 """Tracer: what one graph shows and what it calls whole.
 
-fx is silently wrong on more than it refuses: optional arguments, random numbers, Python state. What cannot be traced
-faithfully stays a call, of a module or of a function.
+fx is silently wrong on more than it refuses: optional arguments, random numbers, Python state, modes, questions about a value.
+What cannot be traced faithfully stays a call, of a module or of a function.
 """
 
+import collections
+import dataclasses
 import inspect
 import itertools
+import operator
 import traceback
 from collections.abc import Callable, Container, Iterable
-from typing import Any
-from unittest import mock
+from typing import Any, NoReturn
 
-import torch
-from torch import fx, nn
+from torch import Size, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
-from torch.utils import checkpoint
 
+from passes.arguments import is_default
+from passes.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
 from passes.effects import Snapshot
+from passes.frames import is_compared_by_identity, is_users, user_frame
+from passes.kinds import Kinds
 from passes.operands import is_view
+from passes.proxies import CannotTraceError, Value
 
-# What torch's `checkpoint` ends in, by whatever name it was called.
-_RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTAINERS = (tuple, list, dict, slice, range)
 
 
 def is_builtin(module: nn.Module) -> bool:
     """Tell whether a graph keeps `module` whole: all the code it runs on weights is torch.nn's, and it is no nn.Sequential.
 
     An nn.TransformerEncoder of layers that the user wrote is none, nor is a parametrized layer: its graph shows how the
-    weight is made.
+    weight is made. Nor are containers, which nobody calls.
     """
-    own = type(module).forward.__module__.startswith(("torch.nn", "torch.ao.nn")) and not (
-        isinstance(module, (nn.Sequential, ParametrizationList)) or is_parametrized(module)
-    )
-    return own and all(is_builtin(c) or next(c.parameters(), None) is None for c in module.children())
+    forward = type(module).forward
+    own = not is_container(module) and forward.__module__.startswith(("torch.nn", "torch.ao.nn"))
+    if not own or isinstance(module, (nn.Sequential, ParametrizationList)) or is_parametrized(module):
+        return False
+    return all(map(_is_torchs, module.children()))
+
+
+def _is_torchs(child: nn.Module) -> bool:
+    inside = is_container(child) and all(map(_is_torchs, child.children()))
+    return inside or is_builtin(child) or next(child.parameters(), None) is None
+
+
+def is_container(module: nn.Module) -> bool:
+    """Tell whether a module only holds others or parameters: it has no forward."""
+    return type(module).forward is nn.Module.forward
 
 
 def is_called_whole(module: nn.Module) -> bool:
@@ -42,53 +57,83 @@ def is_called_whole(module: nn.Module) -> bool:
     A module without parameters gains nothing from being traced, and stays exact in what a graph would freeze:
     its own mode, randomness, Python state.
     """
-    return any(getattr(module, hooks) for hooks in _HOOKS) or next(module.parameters(), None) is None
+    return any(getattr(module, hooks) for hooks in HOOKS) or next(module.parameters(), None) is None
 
 
 def expect_default(value: Any, default: Any, name: str) -> None:
     """Raise unless an optional argument of `forward` has the value that it was traced with."""
-    if value is default or (not isinstance(value, torch.Tensor) and value == default):
-        return
-    raise ValueError(
-        f"forward({name}=...) was traced at its default {default!r} and the graph holds no other case. "
-        f"Leave {name!r} out, or make it a required argument of forward before the model is captured."
-    )
+    if not is_default(value, default):
+        raise ValueError(
+            f"This graph holds the case {name}={default!r}, the default, and no other. Call the model itself, which runs its "
+            f"own code for other arguments."
+        )
 
 
 fx.wrap("expect_default")
 
 
-class RecomputingError(NotImplementedError):
-    """A module recomputes activations, and a graph would keep them."""
-
-
-class _RefuseToRecompute:
-    """Stands for both ways of `checkpoint` while a graph is traced."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.apply()
-
-    @staticmethod
-    def apply(*args: Any) -> None:
-        raise RecomputingError("it recomputes activations (torch.utils.checkpoint), and a graph would keep them")
-
-
-class Tracer(fx.Tracer):
-    """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
-
-    `rng` is the state of the random generators, which tracing must not move. `called` are Python functions that the graph
-    calls as they are; `refused` collects those that cannot be traced into. `blocks` are modules that a graph calls whole
-    because somebody wants to go on calling them as modules.
-    """
+class TypedTracer(fx.Tracer):
+    """Traces results and arguments into nodes that make what they were: a dict of another type does not become a plain one."""
 
     proxy_buffer_attributes = True  # a buffer is read when the graph runs, not when it is traced
 
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for an argument in a node."""
+        kind = type(a)
+        if kind is collections.OrderedDict:
+            return self.create_node("call_function", kind, (self.create_arg(dict(a)),), {})
+        if dataclasses.is_dataclass(a) or (issubclass(kind, _CONTAINERS) and not _is_plain(kind)):
+            self.refuse(f"makes a {kind.__name__}, and a graph holds plain containers only")
+        return super().create_arg(a)
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise because traced code does what a graph cannot hold."""
+        raise CannotTraceError(f"it {what}")
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether fx keeps the type of a container: its own, torch.Size, and named tuples."""
+    return kind.__module__ in ("builtins", "torch.fx.immutable_collections") or kind is Size or hasattr(kind, "_fields")
+
+
+class Tracer(TypedTracer):
+    """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
+
+    Args:
+        state: a snapshot of the module that is traced, from before.
+        called: Python functions that the graph calls as they are.
+        blocks: modules that a graph calls whole because somebody wants to go on calling them as modules.
+        careful: whether to compare the state after every module, which finds the one that changes it.
+
+    Attributes:
+        refused: the Python functions that cannot be traced into.
+        assumed: the arguments of forward that the graph takes for tensors.
+        through: paths of the modules that were traced through.
+    """
+
     def __init__(
-        self, rng: tuple[Any, ...], called: Iterable[Callable[..., Any]] = (), blocks: Container[nn.Module] = ()
+        self,
+        state: Snapshot,
+        called: Iterable[Callable[..., Any]] = (),
+        blocks: Container[nn.Module] = (),
+        careful: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=tuple(called))
-        self.rng, self.blocks = rng, blocks
+        self.state, self.blocks, self.careful = state, blocks, careful
         self.refused: set[Callable[..., Any]] = set()
+        self.assumed: set[str] = set()
+        self.through: set[str] = set()
+        self._refusals: list[CannotTraceError] = []
+        self._kinds: Kinds | None = None
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace, and refuse what recomputes activations."""
+        self._modes = modes()
+        with recomputing_refused(), traced_by(self):
+            graph = super().trace(root, concrete_args)
+        if self._refusals:  # which the code itself has caught
+            raise self._refusals[0]
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_builtin(m) or is_called_whole(m) or m in self.blocks
@@ -98,24 +143,58 @@ class Tracer(fx.Tracer):
     ) -> Any:
         path = self.path_of_module(m)
         inside = self._gets_parameter(m, args, kwargs)
-        leaf = self.is_leaf_module(m, path) and not inside
-        if leaf or type(m).forward is nn.Sequential.forward:  # which has no effects of its own
+        if self.is_leaf_module(m, path) and not inside:
             return super().call_module(m, forward, args, kwargs)
-        last, before = next(iter(reversed(self.graph.nodes)), None), Snapshot.of(m, self.rng)
+        last, refusals = next(iter(reversed(self.graph.nodes)), None), len(self._refusals)
         try:
             result = forward(*args, **kwargs) if inside else super().call_module(m, forward, args, kwargs)
-            if before.difference(m) is None:
+            if len(self._refusals) == refusals and not (self.careful and self.state.difference(m)):
+                self.through.add(path)
                 return result
         except Exception as error:  # whatever the user's code raises on a Proxy: `trace` goes on inside and says why
             self.refused |= failing_function(error)
-        before.restore(m)
+        del self._refusals[refusals:]
+        self.state.restore(m)
         self._erase_after(last)
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace, and refuse what recomputes activations."""
-        with mock.patch.dict(vars(checkpoint), dict.fromkeys(_RECOMPUTING, _RefuseToRecompute)):
-            return super().trace(root, concrete_args)
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Node:
+        if (now := modes()) != self._modes:
+            self.refuse(f"computes with {changed_mode(self._modes, now)} changed")
+        return super().create_node(kind, target, args, kwargs, *more, **options)
+
+    def proxy(self, node: fx.Node) -> Value:
+        """Return what stands for a node's value; refuse where code compares it to None, which no proxy can be."""
+        if _may_be_none(node) and (frame := user_frame()) and is_compared_by_identity(frame):
+            value = Value(node, self)
+            if self.known_kind_of(value) is None:
+                self.refuse(f"asks whether {node.name!r} is None")
+            return value
+        return Value(node, self)
+
+    def known_kind_of(self, value: Value) -> type | None:
+        """Return the class of what a proxy stands for, None where it is not known."""
+        if self._kinds is None:
+            self._kinds = Kinds(self.root, self.graph)
+        kind = self._kinds.of(value.node)
+        self.assumed |= kind.assumed
+        return kind.cls
+
+    def kind_of(self, value: Value) -> type:
+        """Return the class of what a proxy stands for, or refuse."""
+        kind = self.known_kind_of(value)
+        return kind or self.refuse(f"asks what kind of value {value.node.name!r} is")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise, and remember it, since the code that is traced may catch the exception."""
+        self._refusals.append(CannotTraceError(f"it {what}"))
+        raise self._refusals[-1]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.refuse("branches on the value of a tensor")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        return self.refuse("iterates over a tensor")
 
     def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a user's module without parameters is given one: it may be a product made a module."""
@@ -123,7 +202,7 @@ class Tracer(fx.Tracer):
         for i, node in enumerate(nodes):
             while is_view(node):
                 node = nodes[i] = node.all_input_nodes[0]
-        hooked = any(getattr(m, hooks) for hooks in _HOOKS)
+        hooked = any(getattr(m, hooks) for hooks in HOOKS)
         return any(node.op == "get_attr" for node in nodes) and not (is_builtin(m) or hooked)
 
     def _erase_after(self, last: fx.Node | None) -> None:
@@ -140,6 +219,14 @@ class Tracer(fx.Tracer):
         return parameter.default
 
 
+def _may_be_none(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in (operator.getitem, getattr) or is_users(
+            getattr(node.target, "__module__", None) or "torch"
+        )
+    return node.op == "call_module"
+
+
 def failing_function(error: Exception) -> set[Callable[..., Any]]:
     """Find the function that a module's forward called and that raised; an empty set if the forward itself did.
 
@@ -150,7 +237,7 @@ def failing_function(error: Exception) -> set[Callable[..., Any]]:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for caller, callee in itertools.pairwise(frames):
         function: Any = caller.f_globals.get(callee.f_code.co_name)
-        user = inspect.isfunction(function) and not function.__module__.startswith(("torch.", "passes."))
-        if user and function.__code__ is callee.f_code and "self" in caller.f_locals:
+        user = inspect.isfunction(function) and is_users(function.__module__) and "self" in caller.f_locals
+        if user and function.__code__ is callee.f_code:
             return {function}
     return set()

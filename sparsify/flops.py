@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from passes.macs import count
 from passes.mask import Mask, masks_of
-from passes.masking import MaskedLeaf, leaf_class
+from passes.masking import Masked, leaf_class
 from passes.recorder import Operation
 from passes.shapes import record
 from passes.shards import refuse_shards
@@ -53,7 +53,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     dense = sum(x.dense_macs for x in layers)
     ratio = final / dense if dense else 1.0
     return FlopReport(
-        (leaf_class(model) if isinstance(model, MaskedLeaf) else type(model)).__name__,
+        (leaf_class(model) if isinstance(model, Masked) else type(model)).__name__,
         tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
         method.name if method else "none",
         layers,

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from passes.host import Guest
 from passes.mask import masks_of
 from sparsify.history import History, Topology
 from sparsify.method import Goal, Method
 
 
-class Readings(nn.Module):
+class Readings(Guest):
     """The part of an updater that is read; abstract, `Updater` is the whole."""
 
     method: Method

@@ -1,0 +1,93 @@
+"""Hosts: modules that carry children of this library, masks and the updater, which their own code never meets.
+
+What Python code reads of a masked weight while such a module runs is the masked weight; everybody else, optimizers and
+`state_dict` among them, gets the parameter. Nothing is swapped, so any number of threads may run one model.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+_thread = threading.local()
+
+
+class Guest(nn.Module):
+    """A child that belongs to this library."""
+
+
+class Host(nn.Module):
+    """Mixin: hides guests from whoever goes through the children, and masks what is read of its weights while it runs."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if _depth() and name in self._parameters:
+            return masked(self, name)
+        return value
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children that the module had before it was made sparse."""
+        return ((name, child) for name, child in super().named_children() if not isinstance(child, Guest))
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of all children, guests included."""
+        for guest in guests(self):
+            guest.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        for guest in guests(self) if recurse else ():
+            guest._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def guests(module: nn.Module) -> list[Guest]:
+    """Return a module's own guests."""
+    return [child for child in module._modules.values() if isinstance(child, Guest)]
+
+
+def masked(module: nn.Module, name: str) -> Any:
+    """Return a parameter of a module as its consumer must see it: through its mask, if it has one."""
+    parameter, mask = module._parameters[name], module._modules.get(f"{name}_mask")
+    return mask(parameter) if isinstance(mask, Guest) else parameter
+
+
+def run_reading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run Python code that reads weights: in this thread, and until it returns, it gets the masked ones."""
+    _thread.depth = _depth() + 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _thread.depth -= 1
+
+
+def _depth() -> int:
+    return getattr(_thread, "depth", 0)
+
+
+def _without_guests(module: nn.Module, base: type[nn.Module]) -> Any:
+    """Return a module of the class `base` with the same attributes and children, guests excepted."""
+    plain = nn.Module.__new__(base)
+    children = ((name, child) for name, child in module._modules.items() if not isinstance(child, Guest))
+    vars(plain).update(vars(module), _modules=OrderedDict(children))
+    return plain
+
+
+def _delegate(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    def method(self: nn.Module, *args: Any) -> Any:
+        return getattr(base, name)(_without_guests(self, base), *args)
+
+    return method
+
+
+def container_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Return methods for a class derived from `base` by which containers do not show their guests.
+
+    nn.Sequential, nn.ModuleList and nn.ModuleDict read their children past `named_children`.
+    """
+    if not issubclass(base, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return {}
+    names = ("__len__", "__iter__", "__getitem__", "__contains__", "keys", "values", "items")
+    return {name: _delegate(base, name) for name in names if hasattr(base, name)}
