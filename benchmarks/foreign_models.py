@@ -34,15 +34,9 @@ LAYERS: Numbers = (
     (r"num_blocks", 2),
     (r"(?!type_).*vocab_size.*", VOCABULARY),
 )
-SMALL: Numbers = (
-    *LAYERS,
-    (r".*(key_value|kv)_heads", 2),
-    (r".*heads?|n_head", 4),
-    (r".*head_dim|d_kv|dim_head", 16),
+WIDTHS = r".*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|embedding_size|embedding_dim|emb_dim|projection_dim).*|width|dim"
+OTHERS: Numbers = (
     (r".*(intermediate|ffn|mlp|inner|feed_forward)_?(hidden_)?(size|dim|length).*|d_ff|n_inner|dim_feedforward", 96),
-    (r".*lora_rank", 16),
-    (r".*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|embedding_size|embedding_dim|emb_dim|projection_dim).*", 64),
-    (r"(out_hidden_size|encoder_width|dim|width|feat_dim|bottleneck_size|true_hidden_size|word_embed_proj_dim)", 64),
     (r".*(num_|n_|routed_|local_)experts", 4),
     (r".*(experts_per_tok|top_?k|topk)(_experts)?", 2),
     (r"n_group|topk_group|moe_num_shared_experts", 1),
@@ -54,21 +48,37 @@ SMALL: Numbers = (
     (r"mask_time_length|mask_feature_length", 2),
     (r"num_frames", 4),
 )
+SMALL: Numbers = (
+    *LAYERS,
+    *OTHERS,
+    (r".*(key_value|kv)_heads", 2),
+    (r".*heads?|n_head", 4),
+    (r".*head_dim|d_kv|dim_head|.*lora_rank", 16),
+    (WIDTHS, 64),
+)
+# Rotary embeddings fit the size that a head has; so heads stay as they are.
+MEDIUM: Numbers = (*LAYERS, *OTHERS, (r".*heads?|n_head", 4), (r".*head_dim", 1024), (WIDTHS, 512))
 
 
 def transformers_models() -> dict[str, Make]:
     """Return how to make each architecture that transformers registers: its model and inputs that it takes."""
     from transformers.models.auto import modeling_auto as auto
 
-    names = {name for mapping in dir(auto) if mapping.endswith("MAPPING_NAMES") for name in getattr(auto, mapping)}
+    names = {name for mapping in _mappings() for name in getattr(auto, mapping)}
     return {name: partial(_first_that_runs, name) for name in sorted(names)}
+
+
+def _mappings() -> list[str]:
+    from transformers.models.auto import modeling_auto as auto
+
+    return [name for name in dir(auto) if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES")]
 
 
 def _first_that_runs(name: str) -> tuple[nn.Module, Any]:
     """Try classes, sizes and inputs until a model runs; raise the first error if none does."""
     first: Exception | None = None
     for cls in _classes(name):
-        for numbers in (SMALL, LAYERS):
+        for numbers in (SMALL, MEDIUM, LAYERS):
             try:
                 return _build(cls, _configuration(name, numbers))
             except Exception as error:  # anybody's code, and any error means the same: not this way
@@ -82,8 +92,7 @@ def _classes(name: str) -> list[type[nn.Module]]:
     from transformers.models.auto import modeling_auto as auto
 
     mappings = [f"MODEL_FOR_{mapping}_MAPPING_NAMES" for mapping in MAPPINGS] + ["MODEL_MAPPING_NAMES"]
-    rest = [mapping for mapping in dir(auto) if mapping.endswith("MAPPING_NAMES") and mapping not in mappings]
-    found = [getattr(auto, mapping)[name] for mapping in (*mappings, *rest) if name in getattr(auto, mapping)]
+    found = [getattr(auto, mapping)[name] for mapping in (*mappings, *_mappings()) if name in getattr(auto, mapping)]
     names = [cls if isinstance(cls, str) else cls[0] for cls in found]
     return [getattr(transformers, cls) for cls in dict.fromkeys(names) if hasattr(transformers, cls)][:2]
 
@@ -99,11 +108,17 @@ def _configuration(name: str, numbers: Numbers) -> Any:
 def _shrunk(values: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
     kept = _kept_layers(values)
     depth = max(map(len, kept.values()), default=2)
+    if isinstance(values.get("num_hidden_layers"), int) and (features := values.get("out_features")):
+        depth = max(depth, len(features))
+        values = values | {"out_features": [f"stage{i + 1}" for i in range(depth)][-len(features) :]}
+        values = {k: v for k, v in values.items() if k not in ("out_indices", "stage_names")}
     return {name: _cut(str(name), value, numbers, kept, depth) for name, value in values.items()}
 
 
 def _cut(name: str, value: Any, numbers: Numbers, kept: dict[int, list[int]], depth: int) -> Any:
     """Cut one value of a configuration: a part of it, a number, or a list with an item per layer."""
+    if name == "per_layer_config":
+        return {layers.index(i): v for i, v in value.items() for layers in kept.values() if i in layers}
     if isinstance(value, dict):
         return _shrunk(value, numbers)
     if name.endswith(("token_id", "token_index")):
@@ -199,6 +214,10 @@ class Facts:
         frames = (self("num_frames frames_per_clip", 4),) if "video" in self.layout else ()
         return self.random(*frames, *shape)
 
+    def patches(self) -> Tensor:
+        side = self("patch_size", 14)
+        return torch.randn(16, self("in_channels in_chans num_channels", 3) * self("temporal_patch_size", 1) * side**2)
+
     def spectrogram(self) -> Tensor:
         frames = 2 * self("max_source_positions", 32)
         bins = self("num_mel_bins feature_size input_feat_per_channel input_dim n_mels input_size", 80)
@@ -219,9 +238,14 @@ KNOWN: dict[str, Callable[[Facts], Any]] = {
     "pixel_values": Facts.image,
     "input_features": Facts.spectrogram,
     "input_values": Facts.wave,
+    "grid_thw": lambda facts: torch.tensor([[1, 4, 4]]),
+    "image_grid_thw": lambda facts: torch.tensor([[1, 4, 4]]),
+    "hidden_states": Facts.patches,
+    "query_embeds": lambda facts: facts.random(4, facts("hidden_size", 64)),
+    "pixel_values_videos": Facts.image,
     "bbox": lambda facts: torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4),
 }
-OPTIONAL: set[str] = set()
+OPTIONAL = {"hidden_states", "query_embeds", "pixel_values_videos", "grid_thw", "image_grid_thw"}
 
 
 def _find(values: dict[str, Any], name: str) -> int:

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from passes.arguments import Arguments, arguments_of
 from passes.asking import answering
+from passes.copies import hooks_of
 from passes.effects import Snapshot, functions_of
 from passes.frames import failing_place
 from passes.tracer import Tracer, failing_function, is_builtin, is_container
@@ -100,9 +101,6 @@ def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str
             return
         seen.add(module)
         inside = [name for name, _ in module.named_children()]
-        if path and is_builtin(module):
-            leaves.append(path)
-            return
         traced = python.get(path) or _why_not(module, path) or _trace_region(module, whole - {module})
         if isinstance(traced, Region):
             _check_names(module, path)
@@ -143,7 +141,7 @@ def _why_not(module: nn.Module, path: str) -> str | None:
 
 def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | str:
     """Trace one module in both modes, or say why it cannot be."""
-    state, reason = Snapshot(module.modules(), _hooks(module)), ""
+    state, reason = Snapshot(module.modules(), hooks_of(module)), ""
     for careful in (False, True):  # the second time finds what inside the module changes the state
         traced = _trace_modes(module, state, blocks, careful)
         reason = traced if isinstance(traced, str) else state.difference()
@@ -153,10 +151,6 @@ def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | s
         if isinstance(traced, str):
             break
     return f"it {reason}" if not isinstance(traced, str) else traced
-
-
-def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    return [h for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values()]
 
 
 def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool) -> Region | str:

@@ -34,6 +34,11 @@ class Captured(Host, fx.GraphModule):
     _through: tuple[nn.Module, ...]  # that the graphs show instead of calling them
     _lineno_map: ClassVar[dict[int, int]] = {}  # dynamo asks which nodes the lines of `forward` are: none
 
+    def ignore_later_hooks(self) -> None:
+        """Go on running graphs whatever hooks are added to modules that they do not call, if there are none yet."""
+        if not any(vars(inner)[hooks] for inner in self._through for hooks in HOOKS):
+            vars(self)["_through"] = ()
+
     @property
     def _graph(self) -> fx.Graph:  # what GraphModule's own property `graph` reads and writes
         return self._graphs[self.training]

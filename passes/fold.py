@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from passes.captured import Captured, user_class
-from passes.mask import Mask, masks_of, zero_dropped_
+from passes.mask import Mask, zero_dropped_weights_
 from passes.masking import Masked, leaf_class
 
 _GRAPH_STATE = (
@@ -32,9 +31,12 @@ def fold_(model: nn.Module) -> nn.Module:
     Returns:
         The same object, with the classes, parameters and state_dict keys of the original model.
     """
-    for name, mask in masks_of(model).items():
-        with torch.no_grad():
-            zero_dropped_(model.get_parameter(name), mask.mask)
+    zero_dropped_weights_(model)
+    return unmask_(model)
+
+
+def unmask_(model: nn.Module) -> nn.Module:
+    """Undo capture and masking, in place, and leave the weights as they are."""
     masks = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Mask)}
     for module in list(model.modules()):
         for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:

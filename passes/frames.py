@@ -6,10 +6,12 @@ import functools
 import sys
 from types import CodeType, FrameType, TracebackType
 
+_OTHERS = sys.stdlib_module_names | {"torch", "passes", "sparsify"}
+
 
 def is_users(module: str) -> bool:
     """Whether code of a module is the user's: not torch's, Python's or ours."""
-    return module.partition(".")[0] not in {"torch", "passes", "sparsify", "builtins"}
+    return module.partition(".")[0] not in _OTHERS
 
 
 def module_of(frame: FrameType) -> str:

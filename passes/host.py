@@ -4,12 +4,17 @@ What Python code reads of a masked weight while such a module runs is the masked
 `state_dict` among them, gets the parameter. Nothing is swapped, so any number of threads may run one model.
 """
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
+
+from passes.frames import module_of
 
 _thread = threading.local()
 
@@ -28,24 +33,15 @@ class Host(nn.Module):
         return value
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the children that the module had before it was made sparse."""
-        return ((name, child) for name, child in super().named_children() if not isinstance(child, Guest))
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode of all children, guests included."""
-        for guest in guests(self):
-            guest.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        for guest in guests(self) if recurse else ():
-            guest._apply(fn)
-        return super()._apply(fn, recurse)
+        """Yield the children that the module had before it was made sparse; torch, which moves and saves them, gets all."""
+        everything = not torch.compiler.is_compiling() and _asked_by_torch(sys._getframe(1))
+        return ((n, child) for n, child in super().named_children() if everything or not isinstance(child, Guest))
 
 
-def guests(module: nn.Module) -> list[Guest]:
-    """Return a module's own guests."""
-    return [child for child in module._modules.values() if isinstance(child, Guest)]
+def _asked_by_torch(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name in ("children", "named_children"):
+        frame = frame.f_back
+    return frame is not None and module_of(frame).startswith("torch.")
 
 
 def masked(module: nn.Module, name: str) -> Any:

@@ -72,6 +72,18 @@ def _mv(operation: Operation) -> int:
     return math.prod(operation.args[0])
 
 
+def _rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a norm its input as a matrix: what it costs goes by the size, and fvcore takes two to five dimensions."""
+    size = math.prod(args[0])
+    return (torch.Size([1, size]), *args[1:])
+
+
+def _grouped(operation: Operation) -> int:
+    """Count rows (S, K) that are each multiplied by one matrix of a stack (E, K, N): S*K*N."""
+    rows, stack = operation.args[:2]
+    return math.prod(rows) * stack[-1]
+
+
 _convolution = _by_fvcore(fvcore.conv_flop_jit, lambda args: (*args, *[None] * 12)[:12])
 _matmul = _by_fvcore(fvcore.matmul_flop_jit)
 _batch_norm_eval = _by_fvcore(fvcore.batchnorm_flop_jit, lambda args: (*args[:5], False))
@@ -86,6 +98,7 @@ _MACS: dict[str, Callable[[Operation], int]] = {
     "aten.baddbmm": _by_fvcore(fvcore.bmm_flop_jit, lambda args: args[1:3]),
     "aten.mv": _mv,
     "aten.dot": _mv,
+    "aten._grouped_mm": _grouped,
     "aten._trilinear": lambda op: math.prod(op.args[0][:-1]) * math.prod(op.args[1]),
     "aten._scaled_dot_product_flash_attention": _attention,
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
@@ -98,7 +111,7 @@ _OTHER: dict[str, Callable[[Operation], int]] = {
     "aten.native_batch_norm": _batch_norm_eval,
     "aten._native_batch_norm_legit": _by_fvcore(fvcore.norm_flop_counter(1)),  # instance norm: batch statistics in eval
     "aten._native_batch_norm_legit_no_training": _batch_norm_eval,
-    "aten.native_layer_norm": _by_fvcore(fvcore.norm_flop_counter(2)),
+    "aten.native_layer_norm": _by_fvcore(fvcore.norm_flop_counter(2), _rows),
     "aten.native_group_norm": _group_norm,
     "aten.mean": _pool,  # what adaptive average pooling to 1x1 runs
     "aten._adaptive_avg_pool2d": _pool,

@@ -176,3 +176,11 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
             if weight is not None and isinstance(mask, Mask):
                 found.setdefault(weight, (f"{path}.{attribute}" if path else attribute, mask))
     return dict(found.values())
+
+
+@torch.no_grad()
+def zero_dropped_weights_(model: nn.Module) -> None:
+    """Set every dropped weight of a masked model to 0, in place."""
+    for name, mask in masks_of(model).items():
+        if not mask.mask.is_meta:
+            zero_dropped_(model.get_parameter(name), mask.mask)

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.capture import Capture, called_modules
+from passes.captured import Captured
 from passes.host import Host, container_methods, masked, run_reading
-from passes.mask import Mask, zero_dropped_
+from passes.kinds import attribute
+from passes.mask import Mask, masks_of
 from passes.operands import reads
 from passes.tracer import is_builtin
 
@@ -80,7 +81,7 @@ def _new_masked(base: type[nn.Module], name: str) -> Masked:
 def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) -> nn.Module:
     """Rewrite a model and its captured graphs, in place, so that every weight in `masks` is used through its mask.
 
-    Kept weights keep their values and dropped ones become 0. A mask is stored as the child `<weight>_mask` of every
+    The weights themselves stay as they are (`zero_dropped_weights_`). A mask is stored as the child `<weight>_mask` of every
     module that owns the weight, tied weights sharing one. Rewritten nodes are renamed `masked_...`.
 
     Args:
@@ -102,10 +103,7 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         if module not in regions and (names or module in own_code or composite):
             name = type(module).__name__
             module.__class__ = _masked_class(type(module), f"Masked{name}" if names else name)
-    for weight, mask in by_weight.items():
-        if not weight.is_meta:
-            with torch.no_grad():
-                zero_dropped_(weight, mask.mask)
+    for mask in by_weight.values():
         mask.train(model.training)
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
@@ -150,3 +148,28 @@ def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter,
 
 def _rename_masked(node: fx.Node, name: str) -> None:
     node._rename(f"masked_{name.lstrip('_')}")
+
+
+def check_masked(model: nn.Module) -> None:
+    """Prove that whatever reads a masked weight of an installed model reads it through its mask.
+
+    A module that owns one gives the masked weight to Python code (`passes.host`), and a node of a graph that reads one is read
+    by its mask alone.
+
+    Raises:
+        RuntimeError: naming the first weight that something reads past its mask.
+    """
+    masks = masks_of(model)
+    weights = {model.get_parameter(name): name for name in masks}
+    for path, module in model.named_modules():
+        owned = [weights[p] for p in module._parameters.values() if p is not None and p in weights]
+        if owned and not isinstance(module, Host):
+            raise RuntimeError(f"{owned[0]} is masked, and its module {path!r} reads it past its mask.")
+        for graph in dict.fromkeys(module._graphs.values()) if isinstance(module, Captured) else ():
+            for node in [n for n in graph.nodes if n.op == "get_attr"]:
+                weight = attribute(module, str(node.target))
+                past = [user.name for user in node.users if user.target != f"{node.target}_mask"]
+                if isinstance(weight, nn.Parameter) and weight in weights and past:
+                    raise RuntimeError(
+                        f"{weights[weight]} is masked, and node {past[0]!r} of {path!r} reads it past its mask."
+                    )

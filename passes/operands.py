@@ -7,7 +7,6 @@ added, normalized or concatenated is neither.
 
 import copy
 import inspect
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from passes.vocabulary import CONSUMERS, INDEXING, METADATA, READERS, SPLITS, VIEWS, is_pointwise
+from passes.vocabulary import CONSUMERS, INDEXING, JOINING, METADATA, READERS, SLICES, VIEWS, is_pointwise
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,11 @@ def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) 
     parameters = tuple(dict.fromkeys(p for i in known for p in i.parameters))
     if not parameters:
         return _Derived()
+    if _name(node) in JOINING:
+        through = tuple(dict.fromkeys(step for i in known for step in i.through))
+        return _Derived(parameters, through, any(i.indexed for i in known))
+    if len(parameters) > 1 and any(_weight_operands(node)):  # a parameter times a weight is no weight any more
+        return _Derived()
     through = tuple(dict.fromkeys([step for i in known for step in i.through] + [_label(module, node)]))
     return _Derived(parameters, through, _name(node) in INDEXING or any(i.indexed for i in known))
 
@@ -128,16 +132,10 @@ def is_view(node: fx.Node) -> bool:
     """Tell whether a node only looks at its first input in another shape or number format."""
     if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target is operator.getitem:  # one piece of a split is a view; an indexed tensor is a table
-        return _name(node.args[0]) in SPLITS or _is_full_slice(node.args[1])
     if node.target is getattr:
         return node.args[1] in ("T", "mT", "data")
-    return _name(node) in VIEWS
-
-
-def _is_full_slice(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+    name = _name(node)  # what constants select is part of the weight; a tensor that data index is a table
+    return name in VIEWS or (name in SLICES and len(node.all_input_nodes) == 1)
 
 
 def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]:

@@ -4,7 +4,6 @@ A copy of the model's structure runs on meta tensors under `passes.recorder`. Th
 generators are not touched.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.captured import Captured
-from passes.effects import preserve_rng
+from passes.copies import FORWARD_HOOKS, copied, hooks_of
+from passes.effects import Snapshot, preserve_rng
+from passes.host import Guest
 from passes.mask import Mask
 from passes.recorder import Operation, Recorder
 
@@ -50,29 +51,28 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     """
     inputs = (tuple(args), dict(kwargs or {}))
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    recorder = Recorder()
-    try:
-        empty = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
-        _run(_shadow(model, meta=True), recorder, empty)
-        return Record(recorder.operations, measured=False)
-    except Exception as error:
-        failure: Exception = error
     real = not any(t.is_meta for t in [*tensors, *model.parameters(), *model.buffers()])
-    if real:
-        recorder = Recorder()
+    hooks = hooks_of(model)
+    attempts = [(True, True)] + [(True, False)] * bool(hooks) + [(False, True)] * real  # (on meta, with hooks)
+    failures: list[tuple[Exception, str]] = []
+    for meta, hooked in attempts:
+        recorder, state = Recorder(), Snapshot([], hooks)
         try:
-            _run(_shadow(model, meta=False), recorder, pytree.tree_map_only(Tensor, Tensor.clone, inputs))
-            return Record(recorder.operations, measured=True)
+            _run(model, recorder, inputs, meta, hooked)
+            return Record(recorder.operations, measured=not meta)
         except Exception as error:
-            failure = error
+            failures.append((error, recorder.where()))
+        finally:
+            state.restore()
+    failure, where = failures[-1] if real else failures[0]
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     reason = str(failure).partition("\n")[0]
     if not real and _needs_data(failure):
         raise ValueError(
-            f"What the model computes depends on data, at {recorder.where()} ({reason}). Give example inputs with values, "
+            f"What the model computes depends on data, at {where} ({reason}). Give example inputs with values, "
             f"such as torch.rand(...), and a model that is not on the meta device."
         ) from failure
-    raise ValueError(f"Inputs of shape {shapes} do not fit the model, at {recorder.where()}: {reason}") from failure
+    raise ValueError(f"Inputs of shape {shapes} do not fit the model, at {where}: {reason}") from failure
 
 
 def _needs_data(error: Exception) -> bool:
@@ -89,19 +89,22 @@ def _needs_data(error: Exception) -> bool:
     return any(phrase in str(error) for phrase in phrases)
 
 
-def _run(shadow: nn.Module, recorder: Recorder, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+def _run(model: nn.Module, recorder: Recorder, inputs: Any, meta: bool, hooked: bool) -> None:
+    """Run a copy of a model's structure on meta tensors or on the inputs, and record it."""
+    shadow = _shadow(model, recorder, meta, hooked)
+    copy_input = (lambda t: torch.empty_like(t, device="meta")) if meta else Tensor.clone
+    args, kwargs = pytree.tree_map_only(Tensor, copy_input, inputs)
     recorder.know(shadow)
     recorder.watch(shadow)
-    args, kwargs = inputs
     with preserve_rng(), torch.enable_grad(), recorder:  # with gradients, attention does not take its opaque fast path
         shadow(*args, **kwargs)
 
 
-def _shadow(model: nn.Module, meta: bool) -> nn.Module:
-    """Copy a model's structure, in evaluation mode and without hooks; tied weights stay tied.
+def _shadow(model: nn.Module, recorder: Recorder, meta: bool, hooked: bool) -> nn.Module:
+    """Copy a model's structure, in evaluation mode; tied weights stay tied.
 
-    On the meta device, or around the model's own parameters. Masks return what they get: weights are kept masked, and the
-    weight behind them stays recognisable.
+    On the meta device, or around the model's own parameters. Masks tell the recorder what they get, and return it: weights are
+    kept masked, and the weight behind them stays recognisable.
     """
     memo: dict[int, Any] = {}
     for p in model.parameters():
@@ -109,17 +112,22 @@ def _shadow(model: nn.Module, meta: bool) -> nn.Module:
     for b in model.buffers():
         memo[id(b)] = _empty(b) if meta else b.clone()
     for module in model.modules():
-        memo |= {
-            id(v): type(v)() for k, v in vars(module).items() if k.endswith("_hooks") or (isinstance(v, dict) and not v)
-        }
+        own = vars(module)
+        memo |= {id(v): type(v)() for k, v in own.items() if k in _DROPPED or (isinstance(v, dict) and not v)}
         if isinstance(module, Mask):
-            memo[id(module)] = _Unmasked()
+            memo[id(module)] = _Unmasked(recorder)
         elif isinstance(module, Captured):
             memo |= {id(graph): graph for graph in module._graphs.values()}  # which are only read
-    shadow = copy.deepcopy(model, memo)
+    shadow = copied(model, memo)
     for module in shadow.modules():
         vars(module)["training"] = False
+        for hooks in FORWARD_HOOKS if not hooked else ():
+            vars(module)[hooks].clear()
     return shadow
+
+
+# Hooks of what does not happen here: backward passes, state_dicts.
+_DROPPED = frozenset(k for k in vars(nn.Module()) if k.endswith("_hooks")) - {*FORWARD_HOOKS}
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -127,9 +135,13 @@ def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-class _Unmasked(nn.Module):
+class _Unmasked(Guest):
     """Stands for a mask."""
 
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
     def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
-        """Return the weight as it is."""
-        return weight
+        """Return the weight as it is, as a tensor of its own."""
+        return self.recorder.through_mask(weight)

@@ -5,7 +5,7 @@ called whole, or as an argument of a function (`passes.operands`).
 """
 
 import fnmatch
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from passes.capture import Capture, called_modules
 from passes.operands import reads
-from passes.tracer import is_builtin
+from passes.source import multiplied_attributes
+from passes.tracer import is_builtin, is_container
 
 # The weights that torch.nn's modules multiply by: (class, op, fnmatch patterns of their names).
 _LEAF_WEIGHTS: tuple[tuple[type[nn.Module], str, tuple[str, ...]], ...] = (
@@ -54,6 +55,12 @@ class Site:
     shape: tuple[int, ...]
     uses: tuple[Use, ...]
     problem: str = ""
+    stacked: bool = False  # whether it is a stack of matrices along its first dimension, as experts are
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of what inputs are multiplied by: of one expert of a stack, else of the whole."""
+        return self.shape[1:] if self.stacked else self.shape
 
     @property
     def op(self) -> str:
@@ -66,13 +73,16 @@ class Site:
         return torch.Size(self.shape).numel()
 
 
-def find_sites(model: nn.Module, capture: Capture, include: Collection[str] = ()) -> tuple[Site, ...]:
+def find_sites(
+    model: nn.Module, capture: Capture, include: Collection[str] = (), multiplied: Mapping[str, str] | None = None
+) -> tuple[Site, ...]:
     """Find every weight that the model consumes, in either mode.
 
     Args:
         model: the module that `capture` was traced from.
         capture: what `passes.capture.trace` found.
         include: names of parameters that are weights whatever reads them.
+        multiplied: {parameter name: op} of the products that a run has met.
 
     Returns:
         One site per weight of two or more dimensions and per included parameter, in `named_parameters()` order.
@@ -96,18 +106,28 @@ def find_sites(model: nn.Module, capture: Capture, include: Collection[str] = ()
     for path in capture.leaves:
         for _, weight, op in leaf_weights(model.get_submodule(path)):
             found.setdefault(weight, []).append(Use(path, "", op, _out_dim(op)))
+    multiplied = multiplied or {}
     for weight, use, problem in _opaque_weights(model, capture):
         if weight not in found:
             found[weight], problems[weight] = [use], problem
     sites = []
     for name, weight in model.named_parameters():
+        uses, problem = found.get(weight, []), problems.get(weight, "")
+        if name in multiplied and (not uses or problem.startswith("unsupported")):
+            uses, problem = [Use("", "", multiplied[name], None)], ""
         if name in include:
-            uses = found.get(weight) or [Use("", "", "included", None)]
-            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses)))
-        elif weight in found and weight.dim() >= 2:
-            problem = "unsupported: its numbers are complex" if weight.is_complex() else problems.get(weight, "")
-            sites.append(Site(name, len(sites), tuple(weight.shape), tuple(found[weight]), problem))
+            uses, problem = uses or [Use("", "", "included", None)], ""
+        elif not uses or weight.dim() < 2:
+            continue
+        elif weight.is_complex():
+            problem = "unsupported: its numbers are complex"
+        stacked = weight.dim() == 3 and uses[0].op in _STACKS
+        sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses), problem, stacked))
     return tuple(sites)
+
+
+# Operations that multiply by one matrix of a stack, or by each of them.
+_STACKS = frozenset(["experts", "matmul", "addmm", "mm", "bmm", "baddbmm", "_grouped_mm"])
 
 
 def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
@@ -116,7 +136,7 @@ def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     Those of a composite such as nn.TransformerEncoderLayer, whose fast path reads the weights of its children itself, are
     those of its children.
     """
-    if not is_builtin(module):
+    if not is_builtin(module) and not is_container(module):
         return
     for cls, op, patterns in _LEAF_WEIGHTS:
         if isinstance(module, cls):
@@ -148,12 +168,16 @@ def _out_dim(op: str) -> int | None:
 def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Parameter, Use, str]]:
     """Yield the weights that Python code reads which no graph shows: of opaque modules, and of torch.nn's own."""
     for path, reason in capture.opaque.items():
-        for name, weight in model.get_submodule(path).named_parameters(path, recurse=False):
-            if weight.dim() >= 2:
+        module = model.get_submodule(path)
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dim() >= 3 and name in multiplied_attributes(type(module)):
+                yield weight, Use(path, name, "experts", None), ""
+            elif weight.dim() >= 2:
                 yield (
                     weight,
                     Use(path, name, "python", None),
-                    f"unsupported: it is read in Python code outside the graph ({reason})",
+                    f"unsupported: Python code outside the graph reads it ({reason}). Give inputs=, and a run shows whether it "
+                    f"is multiplied by; or name it in include= or exclude=",
                 )
     leaves = [(path, model.get_submodule(path)) for path in capture.leaves]
     for path, region in capture.regions.items():
@@ -163,7 +187,8 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
             yield (
                 weight,
                 Use(path, "", type(leaf).__name__, None),
-                f"unsupported: torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does",
+                f"unsupported: torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does. Give "
+                f"inputs=, and a run shows whether it is multiplied by; or name it in include= or exclude=",
             )
 
 

@@ -32,7 +32,8 @@ VIEWS = frozenset(
     expand contiguous movedim moveaxis view_as reshape_as expand_as broadcast_to to type type_as float half bfloat16 double
     clone detach""".split()
 )
-SPLITS = frozenset(["chunk", "split", "tensor_split", "unbind"])
+SLICES = frozenset(["getitem", "select", "narrow"])  # views where what they are told is constant
+JOINING = frozenset(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"])
 INDEXING = frozenset(
     """getitem index_select select narrow gather take take_along_dim embedding embedding_bag interpolate upsample
     grid_sample""".split()

@@ -1,23 +1,34 @@
 """The pipeline, as one straight line: trace, find weights, allocate densities, mask, attach the updater."""
 
-import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from passes.capture import trace
+from passes.capture import Capture, trace
 from passes.captured import install
-from passes.fold import fold_
-from passes.mask import Mask, masks_of
-from passes.masking import mask_weights
+from passes.copies import copied
+from passes.fold import fold_, unmask_
+from passes.mask import Mask, masks_of, zero_dropped_weights_
+from passes.masking import check_masked, mask_weights
 from passes.shards import refuse_shards
 from passes.sites import Site, find_sites
+from passes.verify import faithful_capture
 from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
-from sparsify.checks import as_patterns, as_seed, check_budget, check_model, matching, matching_paths, resolve
+from sparsify.checks import (
+    as_patterns,
+    as_seed,
+    check_budget,
+    check_model,
+    check_verification,
+    matching,
+    matching_paths,
+    resolve,
+)
 from sparsify.distributions import DISTRIBUTIONS, Distribution
-from sparsify.flops import flop_report
+from sparsify.flops import products_of, with_values
 from sparsify.initialization import rescale_to_fan_in
 from sparsify.layouts import ELEMENTS
 from sparsify.lookup import updater_of, where_sparse
@@ -44,6 +55,7 @@ def sparsify(
     init: str = "keep",
     seed: int = 0,
     inplace: bool = False,
+    verify: bool = False,
 ) -> nn.Module:
     """Make a model sparse and ready for sparse training.
 
@@ -59,8 +71,8 @@ def sparsify(
         method: a name ("rigl", "static", "set", "snfs", "gmp", "snip", "srigl", "nm", ...) or a record such as
             `RigL(interval=50)`. "gmp" and "snip" start dense, and the density is where they end.
         flops: instead of `density`: the share of the dense inference FLOPs to keep, in (0, 1]; needs `inputs`.
-        inputs: what `flop_report` takes; needed for `flops`. Where it is given, a run on its shapes proves that no product
-            reads a weight that was not found.
+        inputs: what `flop_report` takes; needed for `flops` and `verify`. Where it is given, a run on its shapes finds what
+            Python code multiplies by, and proves that every masked weight is used through its mask.
         exclude: fnmatch patterns of parameter names that stay dense.
         include: fnmatch patterns of parameter names that are masked whatever reads them: embeddings, norm gains, weights of
             operations that are not known.
@@ -73,6 +85,9 @@ def sparsify(
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
         seed: of the random masks.
         inplace: rewrite `model` itself instead of a copy, for models too large to have twice.
+        verify: run the model and its graphs on `inputs` (random numbers where that is a shape), in both modes, and compare
+            outputs, their types, gradients and buffers. A region that differs stays Python, with a warning. Takes the time and
+            memory of some training steps.
 
     Returns:
         A model that is an instance of its own class, in the same mode, and an `fx.GraphModule` where fx traces it whole. Of one
@@ -82,7 +97,7 @@ def sparsify(
         TypeError: `model` is not a module.
         ValueError: an argument is out of range, unknown or contradictory; a pattern matches nothing; the model is sparse
             already or has nothing to mask; a parameter is consumed by an operation that is not known and is neither excluded
-            nor included. Nothing was changed.
+            nor included, or is read past its mask; the inputs do not fit, or verification cannot run. Nothing was changed.
 
     Example:
         >>> model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), density=0.25)
@@ -101,13 +116,13 @@ def sparsify(
     included = matching(include, names, "include")
     excluded = _excluded(exclude, masks, names)
     given = given_masks(masks) if masks is not None else {}
+    check_verification(verify, inputs)
 
-    model = model if inplace else copy.deepcopy(model)
-    capture = trace(model, paths)
-    sites = find_sites(model, capture, included)
+    model = model if inplace else copied(model)
+    capture = _verified(model, paths, inputs) if verify else trace(model, paths)
+    multiplied = products_of(model, inputs)[0] if inputs is not None else {}
+    sites = find_sites(model, capture, included, multiplied)
     rules = _dense_by_rule(sites, excluded, method)
-    if inputs is not None:
-        _prove_coverage(model, {*excluded, *(site.name for site in sites)}, inputs)
     candidates = [site for site in sites if site.name not in rules]
     if masks is not None:
         given = check_given(masks, given, candidates)
@@ -121,8 +136,10 @@ def sparsify(
     goals = {site.name: Goal(counts[site.name], method.layout.unit(site), site.uses[0].out_dim) for site in masked}
     drawn = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
     model = install(mask_weights(model, capture, drawn), capture)
+    _check_reads(model, inputs if capture.opaque else None)
+    zero_dropped_weights_(model)
     adapt_weights(model, sites)
-    model.updater = Updater(model, method, goals, rules, capture.opaque, seed)
+    model.updater = Updater(model, method, goals, rules, seed)
     ignore_in_ddp(model)
     return model
 
@@ -150,7 +167,7 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or not masks_of(model) or not updater_of(model):
         raise ValueError(f"fold() takes the model that sparsify() returned; {where_sparse(model)}.")
     refuse_shards(model)
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     updater = updater_of(plain)
     assert updater is not None
     if not updater.pruned:
@@ -203,14 +220,26 @@ def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str], method: M
     return rules
 
 
-def _prove_coverage(model: nn.Module, known: set[str], inputs: Any) -> None:
-    """Raise if a product reads a parameter that is not known, wherever the code is that runs it."""
-    for layer in flop_report(model, inputs).layers:
-        if layer.dense_macs and layer.weight_shape and layer.name not in known:
-            raise ValueError(
-                f"{layer.name} is multiplied by ({layer.op}), but no graph shows that it is a weight. Keep it dense with "
-                f"exclude=[{layer.name!r}], or mask it as it is read with include=[{layer.name!r}]."
-            )
+def _verified(model: nn.Module, blocks: Sequence[str], inputs: Any) -> Capture:
+    """Trace a model, and compare what the graphs compute with what it computes."""
+    capture = faithful_capture(model, blocks, *with_values(model, inputs))
+    for path, reason in capture.opaque.items():
+        if reason.startswith("verification"):
+            warnings.warn(f"{path or type(model).__name__!r} stays Python code. {reason.capitalize()}.", stacklevel=3)
+    return capture
+
+
+def _check_reads(model: nn.Module, inputs: Any) -> None:
+    """Raise, and undo the rewrite, if something reads a masked weight past its mask."""
+    check_masked(model)
+    past = products_of(model, inputs)[1] if inputs is not None else []
+    if past:
+        unmask_(model)
+        name = past[0].partition(" ")[0]
+        raise ValueError(
+            f"{past[0]} is read past its mask, by code that does not name it as an attribute (parameters() or a list, for "
+            f"one). Keep it dense with exclude=[{name!r}]."
+        )
 
 
 def _mask(model: nn.Module, site: Site, goal: Goal, given: torch.Tensor | None, method: Method, seed: int) -> Mask:

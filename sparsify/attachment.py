@@ -51,7 +51,7 @@ class Attachment:
         self._watch.before_step()  # whoever initialized the weights anew after sparsify() did not know of masks
 
     def _watch_anew(self) -> None:
-        self._watch = Watch(self.optimizer, self.bound, self.updater.is_exposed)
+        self._watch = Watch(self.optimizer, self.bound)
 
     def remove(self) -> None:
         """Let go of the optimizer."""

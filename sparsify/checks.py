@@ -60,6 +60,12 @@ def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 
 
+def check_verification(verify: Any, inputs: Any) -> None:
+    """Raise unless there is something to verify a captured model on, where that is asked for."""
+    if verify and inputs is None:
+        raise ValueError("verify=True needs inputs, such as inputs=(2, 3, 224, 224), to run the model on.")
+
+
 def is_number(value: Any, kind: Any = numbers.Real) -> bool:
     """Tell whether a value is a number, numpy's included; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -43,20 +43,21 @@ def er(sites: Sequence[Site], density: float) -> dict[str, float]:
     """Erdős-Rényi (SET, arXiv 1707.04780): density_l proportional to (n_in + n_out) / (n_in * n_out).
 
     Args:
-        sites: the weights; n_out and n_in are the first two dimensions as stored.
+        sites: the weights; n_out and n_in are the first two dimensions as stored, of each expert in a stack.
         density: overall, in (0, 1].
 
     Returns:
         {parameter name: density}.
     """
-    return _scaled({s.name: sum(s.shape[:2]) / math.prod(s.shape[:2]) for s in sites}, sites, density)
+    sizes = {s.name: s.matrix_shape[:2] for s in sites}
+    return _scaled({name: sum(size) / math.prod(size) for name, size in sizes.items()}, sites, density)
 
 
 def erk(sites: Sequence[Site], density: float) -> dict[str, float]:
     """Erdős-Rényi-Kernel (RigL, arXiv 1911.11134, section 3(1)): density_l proportional to sum(shape) / prod(shape).
 
     Args:
-        sites: the weights, with their shapes as stored.
+        sites: the weights, with their shapes as stored; of a stack of experts, that of each.
         density: overall, in (0, 1].
 
     Returns:
@@ -69,7 +70,7 @@ def erk(sites: Sequence[Site], density: float) -> dict[str, float]:
         >>> erk(find_sites(model, trace(model)), 0.1)
         {'0.weight': 0.3903225806451613, '1.weight': 0.07096774193548387}
     """
-    return _scaled({s.name: sum(s.shape) / s.size for s in sites}, sites, density)
+    return _scaled({s.name: sum(s.matrix_shape) / math.prod(s.matrix_shape) for s in sites}, sites, density)
 
 
 def _scaled(raw: Mapping[str, float], sites: Sequence[Site], density: float) -> dict[str, float]:

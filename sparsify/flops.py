@@ -46,7 +46,8 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     """
     args, kwargs = arguments_of(model, inputs)
     run = record(model, args, kwargs)
-    products, macs, other, uncounted = _tally(run.operations)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    products, macs, other, uncounted = _tally(run.operations, sizes)
     layers = (*_weight_layers(model, macs), *products)
     method, goals, total_steps = _training_of(model)
     final = sum(_macs_at(x.dense_macs, goals.get(x.name, x.nonzeros), x.params, x.sparse_macs) for x in layers)
@@ -66,6 +67,25 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         uncounted,
         run.measured,
     )
+
+
+def products_of(model: nn.Module, inputs: Any) -> tuple[dict[str, str], list[str]]:
+    """Say which weights a forward pass multiplies by.
+
+    Args:
+        model: any module.
+        inputs: what `flop_report` takes.
+
+    Returns:
+        ({parameter name: op}, what is read past a mask, as "name in module").
+    """
+    multiplied, past = {}, []
+    for operation in record(model, *arguments_of(model, inputs)).operations:
+        if (names := weights_of(operation)) and count(operation).macs is not None:
+            op = operation.name.removeprefix("aten.")
+            multiplied |= dict.fromkeys(names, _OPS.get(op, op))
+            past += [f"{name} in {operation.module or type(model).__name__}" for name in operation.unmasked]
+    return multiplied, past
 
 
 def _training_of(model: nn.Module) -> tuple[Method | None, dict[str, int], int]:
@@ -101,10 +121,20 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
     )
 
 
+def with_values(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn what users pass as `inputs` into arguments to run a model on: a shape stands for random numbers."""
+    args, kwargs = arguments_of(model, inputs)
+    if isinstance(inputs, (tuple, list)) and all(isinstance(n, int) for n in inputs):
+        generator = torch.Generator().manual_seed(0)
+        device = next((p.device for p in model.parameters()), "cpu")
+        args = (torch.randn(args[0].shape, generator=generator).to(device, args[0].dtype),)
+    return args, kwargs
+
+
 _Macs = dict[str, tuple[str, int]]  # {parameter name: (op, MACs)}
 
 
-def _tally(operations: list[Operation]) -> tuple[list[Layer], _Macs, int, dict[str, int]]:
+def _tally(operations: list[Operation], sizes: dict[str, int]) -> tuple[list[Layer], _Macs, int, dict[str, int]]:
     """Sum up operations: rows of products, MACs per weight, other FLOPs, and what has no counter."""
     products: Counter[tuple[str, str]] = Counter()
     macs: _Macs = {}
@@ -112,18 +142,32 @@ def _tally(operations: list[Operation]) -> tuple[list[Layer], _Macs, int, dict[s
     for operation in operations:
         cost = count(operation)
         op = operation.name.removeprefix("aten.")
-        weight = next(
-            (w for w in reversed(operation.weights) if w), None
-        )  # a parameter times a weight is an activation
+        weights = weights_of(operation)
         if cost.macs is None:
             other += cost.other or 0
             uncounted[op] += cost.other is None and op not in _FREE
-        elif weight:
-            macs[weight] = (op, macs.get(weight, ("", 0))[1] + cost.macs)
+        elif weights:
+            for weight, share in _shares(cost.macs, weights, sizes).items():
+                macs[weight] = (op, macs.get(weight, ("", 0))[1] + share)
         else:
             products[operation.module or operation.node or "forward", op] += cost.macs
     rows = [Layer(name, op, None, 0, 0, n, n, "product") for (name, op), n in products.items()]
     return rows, macs, other, {op: n for op, n in uncounted.most_common() if n}
+
+
+def weights_of(operation: Operation) -> tuple[str, ...]:
+    """Return the parameters that a product multiplies by; a parameter times a weight is an activation, and so is a query."""
+    if "attention" in operation.name:
+        return ()
+    return next((names for names in reversed(operation.weights) if names), ())
+
+
+def _shares(macs: int, weights: tuple[str, ...], sizes: dict[str, int]) -> dict[str, int]:
+    """Divide the cost of a product among the parameters that its weight is put together of, by their sizes."""
+    total, shares = sum(sizes[name] for name in weights), {}
+    for name in weights[:-1]:
+        shares[name] = macs * sizes[name] // total
+    return shares | {weights[-1]: macs - sum(shares.values())}
 
 
 # Operations that compute nothing: views, allocation, and copies of data.

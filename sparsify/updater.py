@@ -5,7 +5,7 @@ A thin shell: it holds the schedule's position and calls the pure functions of t
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ class Updater(Readings):
         method: what to drop and grow, and when.
         goals: {parameter name: goal} of every masked weight.
         rules: {parameter name: reason} for every weight that is dense by rule or cannot be masked.
-        opaque: paths of the modules whose own code is not part of a graph.
         seed: of what the method draws at random.
     """
 
@@ -39,7 +38,6 @@ class Updater(Readings):
         method: Method,
         goals: Mapping[str, Goal],
         rules: Mapping[str, str],
-        opaque: Iterable[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -47,7 +45,6 @@ class Updater(Readings):
         self.goals = dict(goals)
         self.rules = dict(rules)
         self.seed = seed
-        self._opaque = tuple(opaque)
         self._model = (model,)  # in a tuple, so that the model does not become its own grandchild
         self._attached: list[Attachment] = []
         self._steps = [0]
@@ -163,10 +160,6 @@ class Updater(Readings):
         del self._model[0].updater
 
     # What attachments call.
-
-    def is_exposed(self, name: str) -> bool:
-        """Tell whether Python code outside the graphs may read a weight past its mask."""
-        return any(not path or name.startswith(f"{path}.") for path in self._opaque)
 
     def trains_with_others(self) -> bool:
         """Tell whether other processes train this model too."""

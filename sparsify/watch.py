@@ -1,7 +1,5 @@
 """Watch: dropped weights stay 0, whatever writes to weights, gradients and optimizer state besides the optimizer's steps."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,14 +18,12 @@ class Watch:
     Args:
         optimizer: whose steps it watches.
         bound: the masked weights that it trains.
-        exposed: tells by a weight's name whether Python code outside the graphs may read it past its mask.
     """
 
-    def __init__(self, optimizer: Optimizer, bound: list[Bound], exposed: Callable[[str], bool]) -> None:
+    def __init__(self, optimizer: Optimizer, bound: list[Bound]) -> None:
         self.optimizer, self.bound = optimizer, bound
         self.fresh = True  # no step was taken under this watch, so weights, masks and state may come from anywhere
-        known = opt.keeps_zeros(optimizer)
-        self._moved = [b for b in bound if not known or exposed(b.name)]  # which an ordinary step may move off 0
+        self._moved = [] if opt.keeps_zeros(optimizer) else list(bound)  # which an ordinary step may move off 0
         self._traces: list[tuple[int, int]] = []  # of the weights after the last step
         self._looked = False
 

@@ -1,0 +1,55 @@
+"""Copies: a model copied together with the hooks that refer to it.
+
+`copy.deepcopy` copies a hook that is a function as it is, so that one which refers to its model would go on writing to the
+original.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy of a model whose forward hooks refer to the copy wherever they referred to the model.
+
+    Args:
+        model: any module.
+        memo: what `copy.deepcopy` takes: {id of an object: its copy}.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        memo |= {id(vars(module)[hooks]): type(vars(module)[hooks])() for hooks in FORWARD_HOOKS}
+    result = copy.deepcopy(model, memo)
+    for module in model.modules():
+        for hooks in FORWARD_HOOKS:
+            memo[id(vars(module)[hooks])].update({k: _for_copy(h, memo) for k, h in vars(module)[hooks].items()})
+    return result
+
+
+def hooks_of(model: nn.Module) -> list[Callable[..., Any]]:
+    """Return the forward hooks of a model and of the modules inside it."""
+    return [h for m in model.modules() for hooks in FORWARD_HOOKS for h in vars(m)[hooks].values()]
+
+
+def _for_copy(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Return a hook, or what it refers to, with the copy in place of the original."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _for_copy(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        options = {k: _for_copy(v, memo) for k, v in value.keywords.items()}
+        return functools.partial(_for_copy(value.func, memo), *(_for_copy(a, memo) for a in value.args), **options)
+    if isinstance(value, FunctionType) and value.__closure__:
+        cells = tuple(CellType(_for_copy(cell.cell_contents, memo)) for cell in value.__closure__)
+        if any(new.cell_contents is not old.cell_contents for new, old in zip(cells, value.__closure__, strict=True)):
+            new = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+            new.__kwdefaults__ = value.__kwdefaults__
+            return new
+    return value

@@ -1,0 +1,98 @@
+"""Source: which of its own parameters a class multiplies by, read from its source, where no graph shows it.
+
+Experts of a mixture are chosen by data in Python code, so that tracing ends there, and a run with example inputs meets only
+those that the data choose.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+_PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv1d", "conv2d", "conv3d", "baddbmm", "tensordot")  # ends of names
+_VIEWS = frozenset(
+    """t transpose permute view reshape contiguous to type float half bfloat16 clone chunk split unbind unsqueeze squeeze
+    expand flatten index_select gather select narrow swapaxes movedim""".split()
+)
+_Names = frozenset[str]
+
+
+@functools.cache
+def multiplied_attributes(cls: type) -> _Names:
+    """Return the attributes of `self` that methods of a class use in a product, selected, transposed or as they are.
+
+    Args:
+        cls: whose source is at hand; of another, nothing is found.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> multiplied_attributes(type("NoSource", (), {}))
+        frozenset()
+    """
+    found: set[str] = set()
+    for owner in cls.__mro__:
+        if not owner.__module__.startswith(("torch.", "builtins")):
+            for function in _functions(owner):
+                found |= _Reader().read(function)
+    return frozenset(found)
+
+
+def _functions(cls: type) -> Iterator[ast.FunctionDef]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+class _Reader(ast.NodeVisitor):
+    """Follows attributes of `self` through the local variables of one function, in the order of its lines."""
+
+    def __init__(self) -> None:
+        self.variables: dict[str, _Names] = {}
+        self.multiplied: set[str] = set()
+
+    def read(self, function: ast.FunctionDef) -> set[str]:
+        for statement in function.body:
+            self.visit(statement)
+        return self.multiplied
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for target in node.targets:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name):
+                    self.variables[name.id] = self._names(node.value)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        if isinstance(node.op, ast.MatMult):
+            self.multiplied |= self._names(node.left) | self._names(node.right)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if _called(node).endswith(_PRODUCTS):
+            method = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+            for operand in (*method, *node.args, *(k.value for k in node.keywords)):
+                self.multiplied |= self._names(operand)
+        self.generic_visit(node)
+
+    def _names(self, node: ast.expr) -> _Names:
+        """Return the attributes of `self` whose elements an expression holds."""
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                return frozenset([name])
+            case ast.Name(id=name):
+                return self.variables.get(name, frozenset())
+            case ast.Subscript(value=value) | ast.Attribute(value=value, attr="T" | "mT" | "data"):
+                return self._names(value)
+            case ast.Call(func=ast.Attribute(value=value, attr=method), args=args) if method in _VIEWS:
+                return self._names(value) or (self._names(args[0]) if args else frozenset())
+            case ast.IfExp(body=body, orelse=other):
+                return self._names(body) | self._names(other)
+        return frozenset()
+
+
+def _called(node: ast.Call) -> str:
+    function = node.func
+    return (function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")).lower()
