@@ -56,7 +56,9 @@ def filled(cls: Callable[..., nn.Module], *choices: Values) -> Iterator[Callable
 
 def _classes(module: ModuleType) -> dict[str, type[nn.Module]]:
     """Return a module's own network classes."""
-    found = {name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)}
+    found = {
+        name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)
+    }
     return {name: cls for name, cls in found.items() if cls.__name__ == name and not name.startswith("_")}
 
 
@@ -66,14 +68,33 @@ def _each(listed: LISTED) -> dict[str, Make]:
 
 # vit-pytorch
 
-FLAT: Values = {"image_size": 64, "img_size": 64, "patch_size": 16, "num_classes": 10, "dim": 32, "depth": 2, "heads": 2}
+FLAT: Values = {
+    "image_size": 64,
+    "img_size": 64,
+    "patch_size": 16,
+    "num_classes": 10,
+    "dim": 32,
+    "depth": 2,
+    "heads": 2,
+}
 FLAT |= {"dim_head": 16, "mlp_dim": 64, "mlp_mult": 2, "cls_depth": 1, "sm_dim": 32, "lg_dim": 32, "num_slots": 4}
 FLAT |= {"max_tokens_per_depth": (8, 4), "spatial_depth": 1, "temporal_depth": 1, "frames": 4, "frame_patch_size": 2}
 FLAT |= {"image_patch_size": 16, "seq_len": 64, "ndim": 2, "input_shape": (64, 64), "num_residual_streams": 2}
-FLAT |= {"freq_patch_size": 16, "num_hierarchies": 2, "block_repeats": 1, "stages": 2, "embedding_dim": 32, "num_layers": 2}
+FLAT |= {
+    "freq_patch_size": 16,
+    "num_hierarchies": 2,
+    "block_repeats": 1,
+    "stages": 2,
+    "embedding_dim": 32,
+    "num_layers": 2,
+}
 FLAT |= {"num_heads": 2, "highres_patch_size": 8, "sm_enc_heads": 2, "lg_enc_heads": 2, "max_frames": 4}
 STAGED: Values = FLAT | {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1), "heads": (1, 2, 4, 8), "window_size": 2}
-STAGED |= {"reduction_factor": (8, 4, 2, 1), "dims": [32, 48, 64], "channels": [16, 32, 32, 48, 48, 64, 64, 80, 80, 96, 128]}
+STAGED |= {
+    "reduction_factor": (8, 4, 2, 1),
+    "dims": [32, 48, 64],
+    "channels": [16, 32, 32, 48, 48, 64, 64, 80, 80, 96, 128],
+}
 STEMMED: Values = FLAT | {"depth": (1, 1), "window_size": 4, "dim_conv_stem": 16}
 
 
@@ -103,12 +124,25 @@ NET |= {"feature_size": 12, "features": (8, 8, 16, 16, 16, 8), "init_filters": 8
 NET |= {"decoder_hidden_size": 24, "decoder_mlp_dim": 32, "decoder_num_layers": 1, "decoder_num_heads": 2}
 NET |= {"num_channel_initial": 8, "extract_levels": (0, 1), "layers": (1, 1, 1, 1), "block_inplanes": (8, 16, 16, 32)}
 NET |= {"block": "basic", "pretrained": False, "model_name": "efficientnet-b0", "backbone": "efficientnet-b0"}
-NET |= {"hidden_channels": (16, 16), "encode_channels": (16,), "decode_channels": (16,), "classes": 3, "out_shape": (2,)}
+NET |= {
+    "hidden_channels": (16, 16),
+    "encode_channels": (16,),
+    "decode_channels": (16,),
+    "classes": 3,
+    "out_shape": (2,),
+}
 NET |= {"num_res_units": 1, "num_tokens": 60, "max_seq_len": 16, "attn_layers_dim": 32, "attn_layers_depth": 2}
 NET |= {"attn_layers_heads": 2, "upsample_kernel_size": (2, 2), "unet_out_channels": 2, "final_conv_channels": (8,)}
 NET |= {"num_layers_d": 2, "num_d": 1, "minimum_size_im": 32, "num_filters": 8, "norm_num_groups": 8, "label_nc": 3}
 NET |= {"num_res_blocks": (1, 1, 1), "attention_levels": (False, False, True), "num_head_channels": 8, "dsdepth": 1}
-NET |= {"init_features": 8, "growth_rate": 8, "block_config": (2, 2), "mil_mode": "att", "depth": 2, "num_embeddings": 16}
+NET |= {
+    "init_features": 8,
+    "growth_rate": 8,
+    "block_config": (2, 2),
+    "mil_mode": "att",
+    "depth": 2,
+    "num_embeddings": 16,
+}
 NET |= {"num_res_layers": 1, "num_res_channels": (8, 16, 32), "embedding_dim": 8, "depths": (1, 1, 1, 1)}
 
 
@@ -150,11 +184,22 @@ def pytorchcv_models() -> dict[str, Make]:
 
 def _pytorchcv(make: Callable[..., nn.Module]) -> tuple[nn.Module, Any]:
     sizes = (64, 96, 128, 224, 320)
-    attempts = [(partial(make, **options), (random(2, 3, n, n),)) for n in sizes for options in ({}, {"in_size": (n, n)})]
+    attempts = [
+        (partial(make, **options), (random(2, 3, n, n),)) for n in sizes for options in ({}, {"in_size": (n, n)})
+    ]
     return first_that_runs(iter([*attempts, (make, (random(2, 64, 40),))]))
 
 
-CLIPS = ("RN50", "ViT-S-32-alt", "ViT-M-32-alt", "coca_ViT-B-32", "convnext_tiny", "MobileCLIP-S1", "ViTamin-S", "PE-Core-T-16-384")
+CLIPS = (
+    "RN50",
+    "ViT-S-32-alt",
+    "ViT-M-32-alt",
+    "coca_ViT-B-32",
+    "convnext_tiny",
+    "MobileCLIP-S1",
+    "ViTamin-S",
+    "PE-Core-T-16-384",
+)
 
 
 def open_clip_models() -> dict[str, Make]:
@@ -174,7 +219,13 @@ def _clip(name: str) -> tuple[nn.Module, Any]:
     if "multimodal_cfg" in config:
         config["multimodal_cfg"] |= {"width": 64, "heads": 2, "layers": 2, "vocab_size": 64}
     size = vision["image_size"]
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if config.pop("custom_text", 0) else open_clip.CLIP
+    kind = (
+        open_clip.CoCa
+        if "multimodal_cfg" in config
+        else open_clip.CustomTextCLIP
+        if config.pop("custom_text", 0)
+        else open_clip.CLIP
+    )
     inputs = (random(2, 3, size, size), tokens(2, text.get("context_length", 77)))
     return first_that_runs(iter([(partial(kind, **config), inputs)]))
 
@@ -184,8 +235,17 @@ def ultralytics_models() -> dict[str, Make]:
     import ultralytics
     from ultralytics.nn import tasks
 
-    files = [f for _, _, names in os.walk(os.path.join(os.path.dirname(ultralytics.__file__), "cfg", "models")) for f in names]
-    kinds = {"cls": tasks.ClassificationModel, "seg": tasks.SegmentationModel, "pose": tasks.PoseModel, "obb": tasks.OBBModel}
+    files = [
+        f
+        for _, _, names in os.walk(os.path.join(os.path.dirname(ultralytics.__file__), "cfg", "models"))
+        for f in names
+    ]
+    kinds = {
+        "cls": tasks.ClassificationModel,
+        "seg": tasks.SegmentationModel,
+        "pose": tasks.PoseModel,
+        "obb": tasks.OBBModel,
+    }
     kinds |= {"world": tasks.WorldModel, "worldv2": tasks.WorldModel, "rtdetr": tasks.RTDETRDetectionModel}
     makes = {}
     for file in sorted(f for f in files if f.endswith(".yaml")):

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOLDERS = (Tensor, list, tuple, dict)
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
@@ -23,6 +26,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         memo: what `copy.deepcopy` takes: {id of an object: its copy}.
     """
     memo = {} if memo is None else memo
+    for tensor in _activations(model):
+        memo.setdefault(id(tensor), tensor.detach().clone())
     for module in model.modules():
         memo |= {id(vars(module)[hooks]): type(vars(module)[hooks])() for hooks in FORWARD_HOOKS}
     result = copy.deepcopy(model, memo)
@@ -30,6 +35,12 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         for hooks in FORWARD_HOOKS:
             memo[id(vars(module)[hooks])].update({k: _for_copy(h, memo) for k, h in vars(module)[hooks].items()})
     return result
+
+
+def _activations(model: nn.Module) -> list[Tensor]:
+    """Return the results of operations that modules keep as attributes, which Python's copy refuses."""
+    own = [v for m in model.modules() for k, v in vars(m).items() if k not in _INTERNAL and isinstance(v, _HOLDERS)]
+    return [t for t in pytree.tree_leaves(own) if isinstance(t, Tensor) and not t.is_leaf]
 
 
 def hooks_of(model: nn.Module) -> list[Callable[..., Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 _ATOMS = frozenset(
     (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
-) | {FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter, torch.Generator}
+) | {FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter}
 _MISSING = object()
 _UNWRITTEN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # hooks, for one: not by forward
 
@@ -144,8 +144,8 @@ class Snapshot:
 def _record(value: Any, label: str) -> "_Record | None":
     if isinstance(value, Tensor):
         return None if value.is_inference() or isinstance(value, nn.Parameter) else _Values(value, label)
-    for base, kind in ((dict, _Mapping), (list, _List), (set, _Set), (deque, _List), (np.ndarray, _Array)):
-        if isinstance(value, base):
+    for kind, bases in _RECORDS.items():
+        if isinstance(value, bases):
             return kind(value, label)
     return _Mapping(vars(value), label) if hasattr(value, "__dict__") and _is_users(type(value)) else None
 
@@ -291,6 +291,37 @@ class _Array(_Record):
         return ()
 
 
+class _Generator(_Record):
+    """A generator of random numbers of the module's own."""
+
+    def copy(self) -> Any:
+        if isinstance(self.value, torch.Generator):
+            return self.value.get_state()
+        return self.value.getstate() if isinstance(self.value, random.Random) else self.value.bit_generator.state
+
+    def changed(self) -> bool:
+        now = self.copy()
+        return not torch.equal(now, self.saved) if isinstance(now, Tensor) else repr(now) != repr(self.saved)
+
+    def restore(self) -> None:
+        if isinstance(self.value, torch.Generator):
+            self.value.set_state(self.saved)
+        elif isinstance(self.value, random.Random):
+            self.value.setstate(self.saved)
+        else:
+            self.value.bit_generator.state = self.saved
+
+    def items(self) -> Iterable[Any]:
+        return ()
+
+
+_RECORDS: dict[type[_Record], tuple[type, ...]] = {
+    _Mapping: (dict,),
+    _List: (list, deque),
+    _Set: (set,),
+    _Array: (np.ndarray,),
+    _Generator: (torch.Generator, random.Random, np.random.Generator),
+}
 _FOREIGN = ("torch", "numpy", "logging", "threading", "_thread", "re", "functools", "weakref", "types", "builtins")
 
 

@@ -73,7 +73,7 @@ class MaskGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (mask,), (grad,) = ctx.saved_tensors, grads
+        mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
         # In place where nothing else can see it: a weight's gradient comes fresh out of its convolution or product.
         # A gradient that is itself differentiated, or one that broadcasts, is not ours to write.
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
@@ -118,6 +118,7 @@ class Mask(Guest):
         self.register_buffer("mask", mask)
         self.nonzeros = nonzeros
         self.dense_gradient = False
+        self._looked: tuple[Any, bool] = (None, False)  # a trace of weight and mask, and whether they agreed then
         self.unattended = False  # a copy, until an optimizer is attached to it
 
     @property
@@ -158,13 +159,31 @@ class Mask(Guest):
         function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
         return function.apply(weight, self.mask)
 
+    def read(self, weight: Tensor) -> Tensor:
+        """Return the weight as Python code must see it that reads it as an attribute.
+
+        A view of the parameter wherever that is masked already, so that what the code writes to it is not lost.
+        """
+        if self.training or torch.compiler.is_compiling() or not self._is_kept(weight):
+            return self(weight)
+        return MaskTangent.apply(weight, self.mask)
+
+    def _is_kept(self, weight: Tensor) -> bool:
+        """Whether dropped weights are 0: looked at once after every write."""
+        if weight.is_meta or weight.is_inference() or is_sharded(weight) or self.dense_gradient:
+            return False
+        trace = (weight._version, weight.data_ptr(), *self._written())
+        if trace != self._looked[0]:
+            self._looked = trace, not bool((weight.detach() != 0).logical_and_(~self.mask).any())
+        return self._looked[1]
+
     def extra_repr(self) -> str:
         """Name the density and the count."""
         return f"density={self.density:.4g}, {self.nonzeros} of {self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
         # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
-        return {**vars(self), "dense_gradient": False, "unattended": True, "_counted": None}
+        return {**vars(self), "dense_gradient": False, "unattended": True, "_counted": None, "_looked": (None, False)}
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

@@ -5,7 +5,7 @@ recognised by their storage.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,23 +42,22 @@ class Recorder(TorchDispatchMode):
         ] = {}  # storage: the parameters whose elements it holds, perhaps transformed
         self._static: dict[int, Tensor] = {}  # storage: parameters, buffers, and what is computed from them alone
         self._raw: set[int] = set()  # storages of masked parameters, as they are without their mask
-        self._names: dict[int, str] = {}  # id of a parameter: its name
         self._sizes: dict[str, int] = {}
         self._stacks: set[str] = set()  # parameters of three or more dimensions, which may be matrices to choose from
         self._modules, self._nodes = [""], [("", "")]
 
-    def know(self, model: nn.Module) -> None:
-        """Recognise the parameters and buffers of `model` wherever they are read."""
+    def know(self, model: nn.Module, masked: Collection[str] = ()) -> None:
+        """Recognise the parameters and buffers of `model` wherever they are read, those of them that are masked, too."""
         self._static = {_storage(t): t for t in (*model.parameters(), *model.buffers())}
         weights = {name: p for name, p in model.named_parameters() if p.dim() >= 2}  # an addmm's bias is not its weight
         self._owners = {_storage(p): (name,) for name, p in weights.items()}
         self._sizes = {name: p.numel() for name, p in weights.items()}
         self._stacks = {name for name, p in weights.items() if p.dim() >= 3}
+        self._raw = {_storage(p) for name, p in weights.items() if name in masked}
 
     def through_mask(self, weight: Tensor) -> Tensor:
         """Return a weight as its mask would, as a tensor of its own, so that reading past the mask can be told."""
         masked, name = weight.clone(), self._owners.get(_storage(weight))
-        self._raw.add(_storage(weight))
         self._static[_storage(masked)] = masked
         if name:
             self._owners[_storage(masked)] = name

@@ -16,7 +16,7 @@ from passes.captured import Captured
 from passes.copies import FORWARD_HOOKS, copied, hooks_of
 from passes.effects import Snapshot, preserve_rng
 from passes.host import Guest
-from passes.mask import Mask
+from passes.mask import Mask, masks_of
 from passes.recorder import Operation, Recorder
 
 
@@ -94,7 +94,7 @@ def _run(model: nn.Module, recorder: Recorder, inputs: Any, meta: bool, hooked: 
     shadow = _shadow(model, recorder, meta, hooked)
     copy_input = (lambda t: torch.empty_like(t, device="meta")) if meta else Tensor.clone
     args, kwargs = pytree.tree_map_only(Tensor, copy_input, inputs)
-    recorder.know(shadow)
+    recorder.know(shadow, masks_of(model))
     recorder.watch(shadow)
     with preserve_rng(), torch.enable_grad(), recorder:  # with gradients, attention does not take its opaque fast path
         shadow(*args, **kwargs)
@@ -145,3 +145,5 @@ class _Unmasked(Guest):
     def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
         """Return the weight as it is, as a tensor of its own."""
         return self.recorder.through_mask(weight)
+
+    read = forward

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from passes.capture import Capture, called_modules
 from passes.operands import reads
-from passes.source import multiplied_attributes
+from passes.source import multiplied_attributes, replaced_data
 from passes.tracer import is_builtin, is_container
 
 # The weights that torch.nn's modules multiply by: (class, op, fnmatch patterns of their names).
@@ -110,6 +110,7 @@ def find_sites(
     for weight, use, problem in _opaque_weights(model, capture):
         if weight not in found:
             found[weight], problems[weight] = [use], problem
+    replaced = set(_replaced_weights(model, capture))
     sites = []
     for name, weight in model.named_parameters():
         uses, problem = found.get(weight, []), problems.get(weight, "")
@@ -121,6 +122,8 @@ def find_sites(
             continue
         elif weight.is_complex():
             problem = "unsupported: its numbers are complex"
+        elif weight in replaced:
+            problem = "unsupported: Python code assigns its .data, which a mask cannot follow"
         stacked = weight.dim() == 3 and uses[0].op in _STACKS
         sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses), problem, stacked))
     return tuple(sites)
@@ -190,6 +193,14 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
                 f"unsupported: torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does. Give "
                 f"inputs=, and a run shows whether it is multiplied by; or name it in include= or exclude=",
             )
+
+
+def _replaced_weights(model: nn.Module, capture: Capture) -> Iterator[nn.Parameter]:
+    """Yield the weights whose `.data` Python code assigns while it runs."""
+    for path in capture.opaque:
+        module = model.get_submodule(path)
+        own = dict(module.named_parameters())
+        yield from (own[name] for name in replaced_data(type(module)) if name in own)
 
 
 def _unknown_weights(leaf: nn.Module) -> list[nn.Parameter]:

@@ -38,6 +38,20 @@ def multiplied_attributes(cls: type) -> _Names:
     return frozenset(found)
 
 
+@functools.cache
+def replaced_data(cls: type) -> _Names:
+    """Return the parameters whose `.data` methods of a class assign, as paths from `self`: "weight", "layer.weight".
+
+    What code reads of a masked weight is not the parameter, so that the assignment would be lost.
+    """
+    owners = [owner for owner in cls.__mro__ if not owner.__module__.startswith(("torch.", "builtins"))]
+    functions = [function for owner in owners for function in _functions(owner) if function.name != "__init__"]
+    nodes = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    targets = [t.value for node in nodes for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "data"]
+    paths = [ast.unparse(target) for target in targets]
+    return frozenset(path.removeprefix("self.") for path in paths if path.startswith("self."))
+
+
 def _functions(cls: type) -> Iterator[ast.FunctionDef]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
