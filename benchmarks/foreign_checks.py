@@ -1,4 +1,4 @@
-"""What is asked of a sparsified model of any library: the same results, all weights found, exact counts, training that keeps masks."""
+"""What is asked of a sparsified model: the same results, all weights found, exact counts, training that keeps masks."""
 
 import copy
 import random

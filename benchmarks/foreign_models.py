@@ -48,6 +48,8 @@ OTHERS: Numbers = (
     (r"mask_time_length|mask_feature_length", 2),
     (r"num_frames", 4),
 )
+# Widths of stages, which become a quarter.
+STAGES = r".*hidden_sizes|embed_dims?|embed_dim_per_stage|.*(in|mid|out|stage|block)_?(out_)?channels|dims|widths"
 SMALL: Numbers = (
     *LAYERS,
     *OTHERS,
@@ -58,6 +60,31 @@ SMALL: Numbers = (
 )
 # Rotary embeddings fit the size that a head has; so heads stay as they are.
 MEDIUM: Numbers = (*LAYERS, *OTHERS, (r".*heads?|n_head", 4), (r".*head_dim", 1024), (WIDTHS, 512))
+
+# What follows from no name; {pattern of models: values of their configurations}.
+OWN: dict[str, dict[str, Any]] = {
+    "ministral|hunyuan_v1_.*|hunyuan_vl_text": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "esm": {"vocab_size": 32, "pad_token_id": 1},
+    "kimi_linear": {"num_key_value_heads": 4, "num_experts_per_token": 2},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "topk_method": "greedy"},
+    "longcat_flash": {"qk_head_dim": 32, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "nemotron_h": {"n_groups": 2},
+    "glm4v_text|glm_ocr_text|glm_image_text": {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+    "xmod": {"default_language": "en_XX"},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "dia_encoder|dia": {"max_position_embeddings": 128},
+}
 
 
 def transformers_models() -> dict[str, Make]:
@@ -102,7 +129,8 @@ def _configuration(name: str, numbers: Numbers) -> Any:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[name]
-    return cls(**_shrunk(cls().to_dict(), numbers))
+    own = [values for pattern, values in OWN.items() if re.fullmatch(pattern, name)]
+    return cls(**_shrunk(cls().to_dict(), numbers) | (own[0] if own else {}))
 
 
 def _shrunk(values: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
@@ -129,6 +157,8 @@ def _cut(name: str, value: Any, numbers: Numbers, kept: dict[int, list[int]], de
         return [1] * len(value)
     if name == "mrope_section":
         return [4, 2, 2]
+    if re.fullmatch(STAGES, name) and numbers is SMALL and isinstance(value, list):
+        return [v // 4 if isinstance(v, int) else v for v in value] if min(_flat(value), default=0) >= 32 else value
     limit = next((most for pattern, most in numbers if re.fullmatch(pattern, name)), None)
     if limit is None or isinstance(value, bool):
         return value
@@ -136,6 +166,10 @@ def _cut(name: str, value: Any, numbers: Numbers, kept: dict[int, list[int]], de
     if isinstance(value, (list, tuple)) and name.endswith("image_size"):
         return [min(v, limit) for v in value]
     return min(value, limit) if isinstance(value, int) else value
+
+
+def _flat(value: list[Any]) -> list[int]:
+    return [v for v in value if isinstance(v, int)]
 
 
 def _token(value: Any) -> Any:
@@ -218,6 +252,9 @@ class Facts:
         side = self("patch_size", 14)
         return torch.randn(16, self("in_channels in_chans num_channels", 3) * self("temporal_patch_size", 1) * side**2)
 
+    def series(self) -> Tensor:
+        return self.random(self("context_length", 64), self("num_input_channels", 1))
+
     def spectrogram(self) -> Tensor:
         frames = 2 * self("max_source_positions", 32)
         bins = self("num_mel_bins feature_size input_feat_per_channel input_dim n_mels input_size", 80)
@@ -243,6 +280,7 @@ KNOWN: dict[str, Callable[[Facts], Any]] = {
     "hidden_states": Facts.patches,
     "query_embeds": lambda facts: facts.random(4, facts("hidden_size", 64)),
     "pixel_values_videos": Facts.image,
+    "past_values": Facts.series,
     "bbox": lambda facts: torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4),
 }
 OPTIONAL = {"hidden_states", "query_embeds", "pixel_values_videos", "grid_thw", "image_grid_thw"}

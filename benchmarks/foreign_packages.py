@@ -1,4 +1,4 @@
-"""Models of packages beside transformers, small and without weights: found in their registries, or listed where there is none."""
+"""Models of packages beside transformers, small and without weights, found in their registries."""
 
 import importlib
 import inspect
@@ -10,48 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from foreign_models import LARGEST, Make, transformers_models
-from torch import Tensor, nn
+from foreign_attempts import filled, first_that_runs, random, tokens
+from foreign_listed import diffusers_models, speechbrain_models, torchrl_models
+from foreign_models import Make, transformers_models
+from torch import nn
 
 os.environ |= {"YOLO_CONFIG_DIR": "/tmp", "YOLO_VERBOSE": "false", "YOLO_OFFLINE": "true"}
 
 Values = dict[str, Any]
-LISTED = dict[str, tuple[Callable[[], nn.Module], Any]]
-
-
-def random(*shape: int) -> Tensor:
-    """Return random numbers, the same ones in every process."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def tokens(*shape: int) -> Tensor:
-    """Return random tokens of a small vocabulary."""
-    return torch.randint(3, 60, shape, generator=torch.Generator().manual_seed(0))
-
-
-def first_that_runs(attempts: Iterator[tuple[Callable[[], nn.Module], Any]]) -> tuple[nn.Module, Any]:
-    """Return the first model that runs on its inputs; raise the first error if none does."""
-    first: Exception | None = None
-    for make, inputs in attempts:
-        torch.manual_seed(0)
-        try:
-            model = make().eval()
-            size = sum(p.numel() for p in model.parameters())
-            if size > LARGEST:
-                raise ValueError(f"{size:,} parameters")
-            with torch.no_grad():
-                model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-            return model, inputs
-        except Exception as error:  # anybody's code, and any error means the same: not this way
-            first = first or error
-    raise first or ValueError("nothing to try")
-
-
-def filled(cls: Callable[..., nn.Module], *choices: Values) -> Iterator[Callable[[], nn.Module]]:
-    """Yield ways to call a class: with those of each choice's values that it takes."""
-    names = inspect.signature(cls).parameters
-    for values in choices:
-        yield partial(cls, **{name: value for name, value in values.items() if name in names})
 
 
 def _classes(module: ModuleType) -> dict[str, type[nn.Module]]:
@@ -60,10 +26,6 @@ def _classes(module: ModuleType) -> dict[str, type[nn.Module]]:
         name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)
     }
     return {name: cls for name, cls in found.items() if cls.__name__ == name and not name.startswith("_")}
-
-
-def _each(listed: LISTED) -> dict[str, Make]:
-    return {name: partial(first_that_runs, [(make, inputs)]) for name, (make, inputs) in listed.items()}
 
 
 # vit-pytorch
@@ -88,8 +50,18 @@ FLAT |= {
     "embedding_dim": 32,
     "num_layers": 2,
 }
+FLAT |= {"sequence_length": 16, "sm_patch_size": 16, "lg_patch_size": 32, "reduction_factor": 2, "local_patch_size": 4}
+FLAT |= {f"s{i + 1}_emb_dim": 16 << i for i in range(4)} | {f"s{i + 1}_local_patch_size": 2 for i in range(4)}
+FLAT |= {f"s{i + 1}_depth": 1 for i in range(4)} | {f"s{i + 1}_global_k": 2 for i in range(4)}
 FLAT |= {"num_heads": 2, "highres_patch_size": 8, "sm_enc_heads": 2, "lg_enc_heads": 2, "max_frames": 4}
-STAGED: Values = FLAT | {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1), "heads": (1, 2, 4, 8), "window_size": 2}
+STAGED: Values = FLAT | {
+    "dim": (32, 64, 128, 256),
+    "depth": (1, 1, 1, 1),
+    "heads": (1, 2, 4, 8),
+    "window_size": 2,
+    "local_window_size": 2,
+}
+STAGED |= {"global_window_size": (4, 2, 2, 2)}
 STAGED |= {
     "reduction_factor": (8, 4, 2, 1),
     "dims": [32, 48, 64],
@@ -123,7 +95,13 @@ NET |= {"strides": (2, 2), "hidden_size": 24, "mlp_dim": 32, "num_layers": 2, "n
 NET |= {"feature_size": 12, "features": (8, 8, 16, 16, 16, 8), "init_filters": 8, "kernel_size": 3, "latent_size": 4}
 NET |= {"decoder_hidden_size": 24, "decoder_mlp_dim": 32, "decoder_num_layers": 1, "decoder_num_heads": 2}
 NET |= {"num_channel_initial": 8, "extract_levels": (0, 1), "layers": (1, 1, 1, 1), "block_inplanes": (8, 16, 16, 32)}
-NET |= {"block": "basic", "pretrained": False, "model_name": "efficientnet-b0", "backbone": "efficientnet-b0"}
+NET |= {
+    "block": "basic",
+    "pretrained": False,
+    "freeze_encoder": False,
+    "model_name": "efficientnet-b0",
+    "backbone": "efficientnet-b0",
+}
 NET |= {
     "hidden_channels": (16, 16),
     "encode_channels": (16,),
@@ -143,6 +121,15 @@ NET |= {
     "depth": 2,
     "num_embeddings": 16,
 }
+NET |= {
+    "groups": 1,
+    "reduction": 4,
+    "in_planes": 1,
+    "planes": 8,
+    "dim": 4,
+    "blocks_args_str": ["r1_k3_s11_e1_i32_o16_se0.25"],
+}
+NET |= {"num_language_layers": 1, "num_vision_layers": 1, "num_mixed_layers": 1, "vocab_size": 60}
 NET |= {"num_res_layers": 1, "num_res_channels": (8, 16, 32), "embedding_dim": 8, "depths": (1, 1, 1, 1)}
 
 
@@ -153,22 +140,49 @@ def monai_models() -> dict[str, Make]:
     return {name: partial(_monai, cls) for name, cls in _classes(nets).items()}
 
 
+# What some networks call otherwise than the rest does.
+SENET: Values = {"layers": (1, 1, 1, 1), "num_classes": 3}
+OWN: dict[str, Values] = {
+    "AHNet": {"psp_block_num": 0},
+    "DAF3D": {"spatial_dims": 3},
+    "MILModel": {"backbone": "resnet18", "mil_mode": "att_trans", "trans_blocks": 1},
+    "MultiScalePatchDiscriminator": {"channels": 8, "kernel_size": 4},
+    "PatchDiscriminator": {"channels": 8, "kernel_size": 4},
+    "RegUNet": {"depth": 2, "extract_levels": (0, 1, 2)},
+    "ResNetEncoder": {"model_name": "resnet10"},
+    "ResNetFeatures": {"model_name": "resnet10"},
+    "SENet154": SENET | {"groups": 64},
+    "SEResNet50": SENET,
+    "SEResNext50": SENET | {"groups": 32},
+    "SPADENet": {"channels": [16, 8], "label_nc": 3},
+    "SwinUNETR": {"num_heads": (1, 2, 4, 8), "patch_size": 2},
+    "TorchVisionFCModel": {"model_name": "resnet18", "use_conv": False, "pool": None},
+    "VoxelMorphUNet": {"in_channels": 2, "channels": (8, 16, 16, 16), "final_conv_channels": (8, 8)},
+}
+
+
 def _monai(cls: type[nn.Module]) -> tuple[nn.Module, Any]:
     return first_that_runs(attempt for dims in (2, 3) for attempt in _monai_attempts(cls, dims))
 
 
 def _monai_attempts(cls: type[nn.Module], dims: int) -> Iterator[tuple[Callable[[], nn.Module], Any]]:
     size = (32,) * dims
-    image, step = random(2, 1, *size), torch.tensor([1, 2])
     shapes = {"spatial_dims": dims, "img_size": size, "image_size": size, "input_shape": size, "input_image_size": size}
     shapes |= {"in_shape": (1, *size), "latent_shape": (4,), "start_shape": (8, *(8,) * dims), "patch_size": 16}
-    nets = NET | shapes
+    nets = NET | shapes | OWN.get(cls.__name__, {})
     deep = nets | {"kernel_size": (3, 3, 3), "strides": (1, 2, 2), "channels": (32, 64, 64)}
-    hidden = nets | {"in_channels": 3, "patch_size": 2}
-    given = (image,), (random(2, 3, *size),), (image, step), (tokens(2, 8),), (random(2, 1),), (random(2, 4),)
-    for make in filled(cls, nets, deep, hidden):
-        for inputs in (*given, (random(2, 1, *(64,) * dims),), (image, step, random(2, 3, *size).softmax(1))):
-            yield make, inputs
+    image, step, labels = random(2, 1, *size), torch.tensor([1, 2]), random(2, 3, *size).softmax(1)
+    given = [
+        (image,),
+        (random(2, 3, *size),),
+        (image, image),
+        (image, step),
+        (image, step, labels),
+        (image, step, image),
+    ]
+    given += [(image, labels), (labels, image), (random(2, 2, *size),), (random(2, 1, *(64,) * dims),)]
+    given += [(tokens(2, 8),), (random(2, 1),), (random(2, 4),), (random(2, 2, 3, *size),), ([[random(1, *size)] * 2],)]
+    return ((make, inputs) for make in filled(cls, nets, deep) for inputs in given)
 
 
 # pytorchcv, open_clip, ultralytics, segmentation-models-pytorch
@@ -183,7 +197,7 @@ def pytorchcv_models() -> dict[str, Make]:
 
 
 def _pytorchcv(make: Callable[..., nn.Module]) -> tuple[nn.Module, Any]:
-    sizes = (64, 96, 128, 224, 320)
+    sizes = (32, 64, 96, 128, 224, 320)
     attempts = [
         (partial(make, **options), (random(2, 3, n, n),)) for n in sizes for options in ({}, {"in_size": (n, n)})
     ]
@@ -281,6 +295,9 @@ def _segmentation(name: str, encoder: str) -> tuple[nn.Module, Any]:
 
 PACKAGES: dict[str, Callable[[], dict[str, Make]]] = {
     "transformers": transformers_models,
+    "diffusers": diffusers_models,
+    "torchrl": torchrl_models,
+    "speechbrain": speechbrain_models,
     "vit-pytorch": vit_pytorch_models,
     "monai": monai_models,
     "pytorchcv": pytorchcv_models,

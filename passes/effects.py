@@ -192,14 +192,14 @@ class _Set(_Record):
 
 
 class _Mapping(_Record):
-    """A dict of any kind, or the attributes of a plain object."""
+    """A dict of any kind, or the attributes of a plain object; read past what a subclass makes of reading."""
 
     def copy(self) -> Any:
-        return dict(self.value)
+        return dict(dict.items(self.value))
 
     def changed(self) -> bool:
         now, saved = self.value, self.saved
-        return len(now) != len(saved) or any(now.get(k, _MISSING) is not v for k, v in saved.items())
+        return dict.__len__(now) != len(saved) or any(dict.get(now, k, _MISSING) is not v for k, v in saved.items())
 
     def restore(self) -> None:
         base = OrderedDict if isinstance(self.value, OrderedDict) else dict  # subclasses may refuse writes

@@ -4,7 +4,7 @@ import bisect
 import dis
 import functools
 import sys
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType, FunctionType, TracebackType
 
 _OTHERS = sys.stdlib_module_names | {"torch", "passes", "sparsify"}
 
@@ -17,6 +17,11 @@ def is_users(module: str) -> bool:
 def module_of(frame: FrameType) -> str:
     """Return the name of the module whose code a frame runs."""
     return frame.f_globals.get("__name__") or ""
+
+
+def module_of_code(function: FunctionType) -> str:
+    """Return the name of the module that a function's own code is in, which `functools.wraps` hides."""
+    return function.__globals__.get("__name__") or ""
 
 
 def user_frame() -> FrameType | None:

@@ -51,13 +51,15 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
 
 def _flat_weights(self: Any) -> list[Any]:
     """What recurrent layers read instead of their parameters."""
-    stored = vars(self)["_flat_weights"]
-    names = zip(self._flat_weights_names, stored, strict=False)
-    return [getattr(self, name) if isinstance(weight, nn.Parameter) else weight for name, weight in names]
+    return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
 def _set_flat_weights(self: Any, weights: list[Any]) -> None:
     vars(self)["_flat_weights"] = weights
+
+
+def _keep_flat_weights(self: Any) -> None:
+    """Leave the list as it is: what is read of it is not the parameters, which torch would take for a change of them."""
 
 
 @functools.cache
@@ -70,7 +72,7 @@ def _masked_class(base: type[nn.Module], name: str) -> Any:
 
     own: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
     if issubclass(base, nn.RNNBase):
-        own["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+        own |= {"_flat_weights": property(_flat_weights, _set_flat_weights), "_update_flat_weights": _keep_flat_weights}
     return type(name, (Masked, base), own | container_methods(base))
 
 

@@ -82,7 +82,7 @@ def find_sites(
         model: the module that `capture` was traced from.
         capture: what `passes.capture.trace` found.
         include: names of parameters that are weights whatever reads them.
-        multiplied: {parameter name: op} of the products that a run has met.
+        multiplied: {parameter name: op} of the products that a run has met, None without a run.
 
     Returns:
         One site per weight of two or more dimensions and per included parameter, in `named_parameters()` order.
@@ -106,7 +106,6 @@ def find_sites(
     for path in capture.leaves:
         for _, weight, op in leaf_weights(model.get_submodule(path)):
             found.setdefault(weight, []).append(Use(path, "", op, _out_dim(op)))
-    multiplied = multiplied or {}
     for weight, use, problem in _opaque_weights(model, capture):
         if weight not in found:
             found[weight], problems[weight] = [use], problem
@@ -114,8 +113,10 @@ def find_sites(
     sites = []
     for name, weight in model.named_parameters():
         uses, problem = found.get(weight, []), problems.get(weight, "")
-        if name in multiplied and (not uses or problem.startswith("unsupported")):
-            uses, problem = [Use("", "", multiplied[name], None)], ""
+        if multiplied is not None and problem.startswith("unsupported"):
+            problem = "" if name in multiplied else "table: no product of the run on the given inputs reads it"
+        if multiplied is not None and name in multiplied and (not uses or uses[0].op == "python"):
+            uses = [Use("", "", multiplied[name], None)]
         if name in include:
             uses, problem = uses or [Use("", "", "included", None)], ""
         elif not uses or weight.dim() < 2:
@@ -172,9 +173,10 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
     """Yield the weights that Python code reads which no graph shows: of opaque modules, and of torch.nn's own."""
     for path, reason in capture.opaque.items():
         module = model.get_submodule(path)
+        multiplied = multiplied_attributes(type(module))
         for name, weight in module.named_parameters(recurse=False):
-            if weight.dim() >= 3 and name in multiplied_attributes(type(module)):
-                yield weight, Use(path, name, "experts", None), ""
+            if weight.dim() >= 3 and name in multiplied:
+                yield weight, Use(path, name, "experts" if multiplied[name] else "product", None), ""
             elif weight.dim() >= 2:
                 yield (
                     weight,

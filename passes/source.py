@@ -19,23 +19,30 @@ _Names = frozenset[str]
 
 
 @functools.cache
-def multiplied_attributes(cls: type) -> _Names:
+def multiplied_attributes(cls: type) -> dict[str, bool]:
     """Return the attributes of `self` that methods of a class use in a product, selected, transposed or as they are.
 
     Args:
         cls: whose source is at hand; of another, nothing is found.
 
+    Returns:
+        {name: whether a part is selected first, or a product of stacks takes it whole: a stack of matrices}.
+
     Example:
-        >>> import torch.nn.functional as F
         >>> multiplied_attributes(type("NoSource", (), {}))
-        frozenset()
+        {}
     """
-    found: set[str] = set()
-    for owner in cls.__mro__:
-        if not owner.__module__.startswith(("torch.", "builtins")):
-            for function in _functions(owner):
-                found |= _Reader().read(function)
-    return frozenset(found)
+    found: dict[str, bool] = {}
+    for function in [f for owner in cls.__mro__ if _is_users(owner) for f in _functions(owner)]:
+        reader = _Reader()
+        for statement in function.body:
+            reader.visit(statement)
+        found |= {name: found.get(name, False) or name in reader.selected for name in reader.multiplied}
+    return found
+
+
+def _is_users(cls: type) -> bool:
+    return not cls.__module__.startswith(("torch.", "builtins"))
 
 
 @functools.cache
@@ -44,8 +51,8 @@ def replaced_data(cls: type) -> _Names:
 
     What code reads of a masked weight is not the parameter, so that the assignment would be lost.
     """
-    owners = [owner for owner in cls.__mro__ if not owner.__module__.startswith(("torch.", "builtins"))]
-    functions = [function for owner in owners for function in _functions(owner) if function.name != "__init__"]
+    methods = [f for owner in cls.__mro__ if _is_users(owner) for f in _functions(owner)]
+    functions = [function for function in methods if function.name != "__init__"]
     nodes = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Assign)]
     targets = [t.value for node in nodes for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "data"]
     paths = [ast.unparse(target) for target in targets]
@@ -66,11 +73,7 @@ class _Reader(ast.NodeVisitor):
     def __init__(self) -> None:
         self.variables: dict[str, _Names] = {}
         self.multiplied: set[str] = set()
-
-    def read(self, function: ast.FunctionDef) -> set[str]:
-        for statement in function.body:
-            self.visit(statement)
-        return self.multiplied
+        self.selected: set[str] = set()
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)
@@ -88,7 +91,8 @@ class _Reader(ast.NodeVisitor):
         if _called(node).endswith(_PRODUCTS):
             method = [node.func.value] if isinstance(node.func, ast.Attribute) else []
             for operand in (*method, *node.args, *(k.value for k in node.keywords)):
-                self.multiplied |= self._names(operand)
+                self.multiplied |= (names := self._names(operand))
+                self.selected |= names if _called(node).endswith("bmm") else set()
         self.generic_visit(node)
 
     def _names(self, node: ast.expr) -> _Names:
@@ -98,7 +102,10 @@ class _Reader(ast.NodeVisitor):
                 return frozenset([name])
             case ast.Name(id=name):
                 return self.variables.get(name, frozenset())
-            case ast.Subscript(value=value) | ast.Attribute(value=value, attr="T" | "mT" | "data"):
+            case ast.Subscript(value=value):
+                self.selected |= self._names(value)
+                return self._names(value)
+            case ast.Attribute(value=value, attr="T" | "mT" | "data"):
                 return self._names(value)
             case ast.Call(func=ast.Attribute(value=value, attr=method), args=args) if method in _VIEWS:
                 return self._names(value) or (self._names(args[0]) if args else frozenset())

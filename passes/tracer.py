@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from passes.arguments import is_default
 from passes.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
 from passes.effects import Snapshot
-from passes.frames import is_compared_by_identity, is_users, module_of, user_frame
+from passes.frames import is_compared_by_identity, is_users, module_of, module_of_code, user_frame
 from passes.kinds import Kinds
 from passes.operands import is_view
 from passes.proxies import CannotTraceError, Value
@@ -237,6 +237,10 @@ def failing_function(error: Exception) -> set[Callable[..., Any]]:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if is_users(module_of(frame))]
     for caller, callee in itertools.pairwise(frames):
         function: Any = caller.f_globals.get(callee.f_code.co_name)
+        if inspect.isfunction(function) and module_of_code(function) == "torch.fx._symbolic_trace":
+            function = inspect.unwrap(
+                function
+            )  # which is called whole already, where it is given what stands for a tensor
         user = inspect.isfunction(function) and is_users(function.__module__) and "self" in caller.f_locals
         if user and inspect.unwrap(function).__code__ is callee.f_code:
             return {function}

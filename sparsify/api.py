@@ -120,7 +120,7 @@ def sparsify(
 
     model = model if inplace else copied(model)
     capture = _verified(model, paths, inputs) if verify else trace(model, paths)
-    multiplied = products_of(model, inputs)[0] if inputs is not None else {}
+    multiplied = products_of(model, inputs)[0] if inputs is not None else None
     sites = find_sites(model, capture, included, multiplied)
     rules = _dense_by_rule(sites, excluded, method)
     candidates = [site for site in sites if site.name not in rules]

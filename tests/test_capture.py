@@ -511,18 +511,21 @@ def test_a_graph_that_returns_an_ordered_dict_can_be_pickled() -> None:
     assert torch.equal(result["out"], sparse(X)["out"])
 
 
-def test_what_a_captured_child_returns_can_be_read() -> None:
-    for make in (lambda h: Output(hidden=h), Record):
+class Encoder(nn.Module):
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__()
+        self.linear, self.make = nn.Linear(8, 8), make
 
-        class Encoder(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.linear, self.make = nn.Linear(8, 8), make
+    def forward(self, x: Tensor) -> Any:
+        return self.make(hidden=self.linear(x))
 
-            def forward(self, x: Tensor) -> Any:
-                return self.make(self.linear(x))
 
-        assert_faithful(case(lambda self, x: x if python(x) else self.b(self.child(x).hidden), child=Encoder))
+@pytest.mark.parametrize("kind", [Output, Record])
+def test_what_a_captured_child_returns_can_be_read(kind: type) -> None:
+    def reads(self: Any, x: Tensor) -> Tensor:
+        return x if python(x) else self.b(self.child(x).hidden)
+
+    assert_faithful(case(reads, child=lambda: Encoder(kind)))
 
 
 # Python state.

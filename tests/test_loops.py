@@ -316,9 +316,11 @@ def test_compiled_models_with_graph_breaks() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.updater.attach(optimizer, total_steps=40)
     forward = torch.compile(model, backend="aot_eager")
-    for _ in range(5):
-        one_step(lambda x: forward(x.transpose(1, 2)), optimizer, optimizer.step)
-        assert_sparse(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo looks at .grad of what a graph break hands on
+        for _ in range(5):
+            one_step(lambda x: forward(x.transpose(1, 2)), optimizer, optimizer.step)
+            assert_sparse(model)
 
 
 @pytest.mark.parametrize("method", [m for m in TABLE.values() if not m.counts_vary()], ids=lambda m: m.name)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from passes import find_sites, trace
 from sparsify import RigL, flop_report, fold, graphs, sparsify
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -136,11 +137,20 @@ READS: dict[
     "cast": (lambda x, w: x @ w.to(x.dtype).type_as(x)[None, ...].squeeze(0), (8, 5), "masked"),
     "softmax": (lambda x, w: F.linear(x, w.softmax(-1)), (5, 8), "masked"),
     "module": (MatMul(), (8, 5), "masked"),
-    "lora": (lambda x, w: F.linear(x, torch.cat([w, w])), (5, 8), "unsupported: it passes through cat before linear"),
-    "rows": (lambda x, w: x @ w[:8], (12, 5), "table: it is indexed (getitem) before matmul"),
+    "joined": (lambda x, w: F.linear(x, torch.cat([w, w[:2]])), (5, 8), "masked"),
+    "stack": (lambda x, w: x @ torch.stack([w, w]).sum(0), (8, 5), "masked"),
+    "rows": (lambda x, w: x @ w[:8], (12, 5), "masked"),
+    "narrowed": (lambda x, w: x @ w.narrow(1, 0, 2) + x @ w.select(1, 0)[:, None], (8, 5), "masked"),
+    "one of three": (lambda x, w: x @ w[1], (3, 8, 5), "masked"),
+    "times a mask": (lambda x, w: F.linear(x, w * torch.ones(5, 8).tril()), (5, 8), "masked"),
+    "indexed by data": (
+        lambda x, w: x @ w[x.long().clamp(0, 2)[:, 0]].mean(0),
+        (12, 8, 5),
+        "table: it is indexed (getitem",
+    ),
     "resized": (lambda x, w: x @ F.interpolate(w[None], 5)[0], (8, 10), "table: it is indexed (interpolate"),
     "added": (lambda x, w: x + w, (3, 8), ""),
-    "stacked": (lambda x, w: torch.cat([x, w]), (2, 8), ""),
+    "beside activations": (lambda x, w: torch.cat([x, w]), (2, 8), ""),
     "gated": (lambda x, w: x * torch.sigmoid(w) - w.abs(), (1, 8), ""),
     "output": (lambda x, w: (x, w), (8, 8), "unsupported: it leaves its graph as an output"),
 }
@@ -219,20 +229,43 @@ class Experts(nn.Module):
         return x @ self.more[0] @ self.embedding.weight.t()
 
 
-def test_weights_that_python_code_reads_are_masked_if_named() -> None:
+def test_weights_that_python_code_reads() -> None:
+    """A stack that is selected from is found in the source; a run finds the rest, or it is named."""
     model = Experts()
     sparse = sparsify(model, density=0.5)
-    assert sparse.updater.rules.keys() == {"weight", "more.0"}
-    assert all("unsupported" in reason for reason in sparse.updater.rules.values())
-    with pytest.raises(ValueError, match=r"embedding.weight is multiplied by \(linear\).*exclude=.*include="):
-        sparsify(model, density=0.5, inputs=V)  # where inputs are given, a run proves that nothing was missed
-    assert "embedding.weight" not in sparsify(model, density=0.5, exclude="emb*", inputs=V).updater.masks
-    sparse = sparsify(model, density=0.5, include=["weight", "embedding.weight"], inputs=V)
-    assert sparse.updater.masks.keys() == {"weight", "embedding.weight", "fc.weight"}
-    sparse(V).sum().backward()
-    mask = sparse.updater.masks["weight"]
-    assert not sparse.weight.grad[~mask].any()
-    assert sparse.weight.grad[mask].any()
+    assert sparse.updater.masks.keys() == {"weight", "fc.weight"}
+    assert sparse.updater.rules.keys() == {"more.0"}
+    assert "unsupported" in sparse.updater.rules["more.0"]
+    assert "inputs=" in sparse.updater.rules["more.0"]
+    every = {"weight", "more.0", "embedding.weight", "fc.weight"}
+    named = {"include": ["more.0", "embedding.weight"]}
+    for options, names in (
+        ({"inputs": V}, every),
+        (named, every),
+        ({"inputs": V, "exclude": "emb*"}, every - {"embedding.weight"}),
+    ):
+        sparse = sparsify(model, density=0.5, **options)
+        assert sparse.updater.masks.keys() == names
+        sparse(V).sum().backward()
+        for name, mask in sparse.updater.masks.items():
+            gradient = sparse.get_parameter(name).grad
+            assert not gradient[~mask].any()
+            assert gradient[mask].any()
+
+
+def test_experts_are_allocated_by_their_matrices() -> None:
+    """ERK gives a stack of experts of 8 x 8 what it gives a layer of 8 x 8: both have the raw score 16 / 64."""
+    model = Experts()
+    sites = {site.name: site for site in find_sites(model, trace(model))}
+    assert sites["weight"].matrix_shape == (8, 8)
+    assert sites["weight"].shape == (4, 8, 8)
+    densities = sparsify(model, density=0.25).updater.densities
+    assert densities["weight"] == densities["fc.weight"] == 0.25
+    report = flop_report(sparsify(model, density=0.25, inputs=V, exclude=["embedding.weight", "more.0"]), V)
+    rows = {layer.name: layer for layer in report.layers}
+    assert report.measured
+    assert rows["weight"].dense_macs == 3 * 64  # the one expert that runs
+    assert rows["weight"].sparse_macs == 3 * 16
 
 
 def test_norm_gains_and_embeddings_are_masked_if_named() -> None:
