@@ -32,8 +32,9 @@ class Host(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if _depth() and name in self._parameters and isinstance(mask := self._modules.get(f"{name}_mask"), Guest):
-            return mask.read(value)
+        reader = getattr(_thread, "reader", None)
+        if reader and name in self._parameters and isinstance(mask := self._modules.get(f"{name}_mask"), Guest):
+            return mask(value) if reader == "torch" else mask.read(value)
         return value
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -55,16 +56,16 @@ def masked(module: nn.Module, name: str) -> Any:
 
 
 def run_reading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run Python code that reads weights: in this thread, and until it returns, it gets the masked ones."""
-    _thread.depth = _depth() + 1
+    """Run Python code that reads weights: in this thread, and until it returns, it gets the masked ones.
+
+    Code of the user's may also write to what it reads; torch's does not.
+    """
+    before = getattr(_thread, "reader", None)
+    _thread.reader = "torch" if function.__module__.startswith("torch.") else "user"
     try:
         return function(*args, **kwargs)
     finally:
-        _thread.depth -= 1
-
-
-def _depth() -> int:
-    return getattr(_thread, "depth", 0)
+        _thread.reader = before
 
 
 def _without_guests(module: nn.Module, base: type[nn.Module]) -> Any:

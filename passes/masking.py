@@ -18,7 +18,7 @@ from passes.captured import Captured
 from passes.host import Host, container_methods, masked, run_reading
 from passes.kinds import attribute
 from passes.mask import Mask, masks_of
-from passes.operands import reads
+from passes.operands import Read, reads
 from passes.tracer import is_builtin
 
 
@@ -111,7 +111,8 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         module = model.get_submodule(path)
         hidden = {t for t, leaf in called_modules(module, region.graphs) if _holds_weights(leaf, by_weight)}
         for graph in dict.fromkeys(region.graphs.values()):
-            _mask_transformed(module, graph, by_weight)
+            transformed = [read for read in reads(module, graph, region.constants) if read.value]
+            _mask_transformed(module, graph, transformed, by_weight)
             _mask_reads(module, graph, by_weight)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
                 _rename_masked(node, node.name)
@@ -122,9 +123,11 @@ def _holds_weights(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
     return is_builtin(leaf) and any(p in masks for p in leaf.parameters())
 
 
-def _mask_transformed(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:
+def _mask_transformed(
+    module: nn.Module, graph: fx.Graph, transformed: list[Read], masks: Mapping[nn.Parameter, Mask]
+) -> None:
     paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
-    values = {read.value: read.weight for read in reads(module, graph) if read.value and read.weight in masks}
+    values = {read.value: read.weight for read in transformed if read.value and read.weight in masks}
     for value, weight in values.items():
         users = list(value.users)
         with graph.inserting_after(value):

@@ -7,7 +7,7 @@ added, normalized or concatenated is neither.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,18 @@ class _Derived:
         return tuple(p for p in self.parameters if p.dim() >= 2)
 
 
-def reads(module: nn.Module, graph: fx.Graph) -> Iterator[Read]:
+def reads(module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> Iterator[Read]:
     """Yield every node of a region's graph that consumes a parameter in an argument.
 
     Weights that a called module holds itself are not among them.
+
+    Args:
+        module: the root of the region.
+        graph: one of its graphs.
+        constants: the tensors that the graph reads and the module does not have (yet), by attribute name.
     """
     derived: dict[fx.Node, _Derived] = {}
+    meta = _OnMeta(module, constants)
     for node in graph.nodes:
         value = _derive(module, node, derived)
         if value is not None:
@@ -66,7 +72,7 @@ def reads(module: nn.Module, graph: fx.Graph) -> Iterator[Read]:
         operands = list(_weight_operands(node))
         for operand, op, out_dim in operands:
             if (source := derived.get(operand)) and source.matrices:
-                yield from _weight_reads(module, node, operand, source, op, out_dim)
+                yield from _weight_reads(meta, node, operand, source, op, out_dim)
         if value is None and not operands:
             for operand in node.all_input_nodes:
                 if (source := derived.get(operand)) and not source.indexed and (problem := _problem(module, node)):
@@ -74,7 +80,7 @@ def reads(module: nn.Module, graph: fx.Graph) -> Iterator[Read]:
 
 
 def _weight_reads(
-    module: nn.Module, node: fx.Node, operand: fx.Node, source: _Derived, op: str, out_dim: int | None
+    meta: "_OnMeta", node: fx.Node, operand: fx.Node, source: _Derived, op: str, out_dim: int | None
 ) -> Iterator[Read]:
     steps = ", ".join(source.through)
     if source.indexed:
@@ -84,7 +90,7 @@ def _weight_reads(
             yield Read(weight, node, op, out_dim if operand.op == "get_attr" else None)
         return
     else:
-        found = _in_own_shape(module, operand, source)
+        found = _in_own_shape(meta, operand, source)
         if len(found) == 1:
             yield Read(found[0][0], node, op, out_dim if found[0][1] is operand else None, found[0][1])
             return
@@ -193,11 +199,11 @@ def _label(module: nn.Module, node: fx.Node) -> str:
     return type(module.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _name(node)
 
 
-def _in_own_shape(module: nn.Module, operand: fx.Node, source: _Derived) -> list[tuple[nn.Parameter, fx.Node]]:
+def _in_own_shape(meta: "_OnMeta", operand: fx.Node, source: _Derived) -> list[tuple[nn.Parameter, fx.Node]]:
     """Find where a transformed weight has the shape that it was stored in: (weight, node), one where it can be masked."""
     while True:
         try:
-            shape = _on_meta(module, operand).shape
+            shape = meta.value(operand).shape
         except Exception:  # depends on an activation's shape, or on values
             return []
         if found := [(p, operand) for p in source.matrices if p.shape == shape]:
@@ -207,15 +213,29 @@ def _in_own_shape(module: nn.Module, operand: fx.Node, source: _Derived) -> list
         operand = operand.all_input_nodes[0]
 
 
-def _on_meta(module: nn.Module, node: fx.Node) -> Any:
-    """Compute a value that is derived from parameters alone, without data."""
-    if node.op == "get_attr":
-        path, _, attribute = str(node.target).rpartition(".")
-        value = getattr(module.get_submodule(path), attribute)
-        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _on_meta(module, n))
-    if node.op == "call_module":
-        return copy.deepcopy(module.get_submodule(str(node.target))).to("meta").eval()(*args, **kwargs)
-    if isinstance(node.target, str):
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)
+class _OnMeta:
+    """Computes values that are derived from parameters alone, without data, each once."""
+
+    def __init__(self, module: nn.Module, constants: Mapping[str, Tensor]) -> None:
+        self.module, self.constants = module, constants
+        self._values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the value of a node, its tensors on the meta device."""
+        if node not in self._values:
+            self._values[node] = self._compute(node)
+        return self._values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if node.op == "get_attr":
+            path, _, attribute = target.rpartition(".")
+            constant = self.constants.get(target)
+            value = getattr(self.module.get_submodule(path), attribute) if constant is None else constant
+            return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+        args, kwargs = map_arg((node.args, node.kwargs), self.value)
+        if node.op == "call_module":
+            return copy.deepcopy(self.module.get_submodule(target)).to("meta").eval()(*args, **kwargs)
+        if isinstance(target, str):
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)

@@ -98,7 +98,7 @@ def find_sites(
     for path, region in capture.regions.items():
         module = model.get_submodule(path)
         for graph in dict.fromkeys(region.graphs.values()):
-            for weight, use, problem in _region_uses(module, path, graph):
+            for weight, use, problem in _region_uses(module, path, graph, region.constants):
                 if use not in (uses := found.setdefault(weight, [])):
                     uses.append(use)
                 if problem:
@@ -153,12 +153,14 @@ def leaf_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         yield from ((f"{path}.{name}", weight, op) for name, weight, op in leaf_weights(child))
 
 
-def _region_uses(module: nn.Module, path: str, graph: fx.Graph) -> Iterator[tuple[nn.Parameter, Use, str]]:
+def _region_uses(
+    module: nn.Module, path: str, graph: fx.Graph, constants: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[nn.Parameter, Use, str]]:
     for node in graph.nodes:
         if node.op == "call_module":
             for _, weight, op in leaf_weights(module.get_submodule(str(node.target))):
                 yield weight, Use(path, node.name, op, _out_dim(op)), ""
-    for read in reads(module, graph):
+    for read in reads(module, graph, constants):
         where = f" at node {read.node.name!r}" + (f" of module {path!r}" if path else "")
         problem = f"{read.problem}{where}" if read.problem.startswith("unknown") else read.problem
         yield read.weight, Use(path, read.node.name, read.op, read.out_dim), problem

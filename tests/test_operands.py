@@ -143,11 +143,7 @@ READS: dict[
     "narrowed": (lambda x, w: x @ w.narrow(1, 0, 2) + x @ w.select(1, 0)[:, None], (8, 5), "masked"),
     "one of three": (lambda x, w: x @ w[1], (3, 8, 5), "masked"),
     "times a mask": (lambda x, w: F.linear(x, w * torch.ones(5, 8).tril()), (5, 8), "masked"),
-    "indexed by data": (
-        lambda x, w: x @ w[x.long().clamp(0, 2)[:, 0]].mean(0),
-        (12, 8, 5),
-        "table: it is indexed (getitem",
-    ),
+    "indexed": (lambda x, w: x @ w[torch.arange(8)], (12, 5), "table: it is indexed (getitem"),
     "resized": (lambda x, w: x @ F.interpolate(w[None], 5)[0], (8, 10), "table: it is indexed (interpolate"),
     "added": (lambda x, w: x + w, (3, 8), ""),
     "beside activations": (lambda x, w: torch.cat([x, w]), (2, 8), ""),
