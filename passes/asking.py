@@ -43,12 +43,13 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
 }
 # What torch's `checkpoint` ends in, by whatever name it was called.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
+_is_casting, _casts_to = torch.is_autocast_enabled, torch.get_autocast_dtype
 _tracing = threading.local()
 
 
 def modes() -> tuple[Any, ...]:
     """Return torch's present modes, to be compared with those at another time."""
-    casts = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
+    casts = [(_is_casting(d), _casts_to(d)) for d in _DEVICES]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return (*(switch() for switch in _SWITCHES.values()), *casts, hooks)
 

@@ -141,16 +141,16 @@ def _why_not(module: nn.Module, path: str) -> str | None:
 
 def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | str:
     """Trace one module in both modes, or say why it cannot be."""
-    state, reason = Snapshot(module.modules(), hooks_of(module)), ""
+    state, reason = Snapshot(module.modules(), hooks_of(module)), None
     for careful in (False, True):  # the second time finds what inside the module changes the state
         traced = _trace_modes(module, state, blocks, careful)
-        reason = traced if isinstance(traced, str) else state.difference()
-        state.restore()
-        if not reason and isinstance(traced, Region):
-            return traced
         if isinstance(traced, str):
-            break
-    return f"it {reason}" if not isinstance(traced, str) else traced
+            return traced
+        reason = state.difference()
+        if reason is None:
+            return traced
+        state.restore()
+    return f"it {reason}"
 
 
 def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool) -> Region | str:

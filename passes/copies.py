@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_HOLDERS = (Tensor, list, tuple, dict)
+_HOLDERS = frozenset([Tensor, list, tuple, dict])
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
@@ -28,18 +28,18 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     memo = {} if memo is None else memo
     for tensor in _activations(model):
         memo.setdefault(id(tensor), tensor.detach().clone())
-    for module in model.modules():
-        memo |= {id(vars(module)[hooks]): type(vars(module)[hooks])() for hooks in FORWARD_HOOKS}
+    hooked = [hooks for m in model.modules() for kind in FORWARD_HOOKS if (hooks := vars(m)[kind])]
+    for hooks in hooked:
+        memo[id(hooks)] = type(hooks)()
     result = copy.deepcopy(model, memo)
-    for module in model.modules():
-        for hooks in FORWARD_HOOKS:
-            memo[id(vars(module)[hooks])].update({k: _for_copy(h, memo) for k, h in vars(module)[hooks].items()})
+    for hooks in hooked:
+        memo[id(hooks)].update({k: _for_copy(hook, memo) for k, hook in hooks.items()})
     return result
 
 
 def _activations(model: nn.Module) -> list[Tensor]:
     """Return the results of operations that modules keep as attributes, which Python's copy refuses."""
-    own = [v for m in model.modules() for k, v in vars(m).items() if k not in _INTERNAL and isinstance(v, _HOLDERS)]
+    own = [v for m in model.modules() for k, v in vars(m).items() if type(v) in _HOLDERS and k not in _INTERNAL]
     return [t for t in pytree.tree_leaves(own) if isinstance(t, Tensor) and not t.is_leaf]
 
 

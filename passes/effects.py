@@ -21,7 +21,8 @@ _ATOMS = frozenset(
     (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
 ) | {FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter}
 _MISSING = object()
-_UNWRITTEN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # hooks, for one: not by forward
+_OWN = ("_parameters", "_buffers", "_modules")
+_UNWRITTEN = frozenset(vars(nn.Module())) - {*_OWN}  # hooks, for one: not by forward
 
 
 def rng_state() -> tuple[Any, ...]:
@@ -100,8 +101,9 @@ class Snapshot:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield from self._reach(buffer, f"writes its buffer {name!r}")
+        unwritten = _UNWRITTEN if _is_users(type(module)) else _UNWRITTEN | {k for k in _OWN if not attributes[k]}
         for name, value in attributes.items():
-            if type(value) not in _ATOMS and name not in _UNWRITTEN:
+            if type(value) not in _ATOMS and name not in unwritten:
                 yield from self._reach(value, f"writes its attribute {name!r}")
         self._classes.update(c for c in type(module).__mro__ if _is_users(c))
 

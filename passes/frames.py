@@ -9,6 +9,7 @@ from types import CodeType, FrameType, FunctionType, TracebackType
 _OTHERS = sys.stdlib_module_names | {"torch", "passes", "sparsify"}
 
 
+@functools.cache
 def is_users(module: str) -> bool:
     """Whether code of a module is the user's: not torch's, Python's or ours."""
     return module.partition(".")[0] not in _OTHERS

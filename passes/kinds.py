@@ -22,6 +22,7 @@ _METHODS: dict[str, type] = {"dim": int, "numel": int, "nelement": int, "element
 _NUMBERS = (int, float, bool)
 _ARITHMETIC = frozenset(["add", "sub", "mul", "floordiv", "mod", "neg", "pos", "abs", "iadd", "isub", "imul"])
 _COMPARISONS = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
+_PASSING = (nn.Identity, nn.Dropout)  # torch.nn modules that may return what they get
 _SEVERAL = (  # torch.nn modules that return more than one tensor, or may
     nn.RNNBase,
     nn.LSTMCell,
@@ -82,10 +83,15 @@ class Kinds:
         return self._known.get(operand, UNKNOWN) if isinstance(operand, fx.Node) else Kind(type(operand))
 
     def _of_module(self, module: nn.Module, node: fx.Node) -> Kind:
-        if isinstance(module, (nn.Identity, nn.Dropout)):
+        if isinstance(module, _PASSING):
             return self._of_operand(node.args[0]) if node.args else UNKNOWN
-        own = type(module).__module__.startswith("torch.nn.modules") and not next(module.children(), None)
-        return Kind(Tensor) if own and not isinstance(module, _SEVERAL) else UNKNOWN
+        return Kind(Tensor) if returns_tensor(module) else UNKNOWN
+
+
+def returns_tensor(module: nn.Module) -> bool:
+    """Whether a module is one of torch.nn's that return one tensor whatever they get."""
+    own = type(module).__module__.startswith("torch.nn.modules") and not module._modules
+    return own and not isinstance(module, (*_PASSING, *_SEVERAL))
 
 
 def attribute(root: nn.Module, target: str) -> Any:

@@ -101,8 +101,7 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         names = [name for name, weight in module._parameters.items() if weight is not None and weight in by_weight]
         for name in names:
             module.add_module(f"{name}_mask", by_weight[module._parameters[name]])
-        composite = is_builtin(module) and any(p in by_weight for p in module.parameters())
-        if module not in regions and (names or module in own_code or composite):
+        if module not in regions and (names or module in own_code or _is_composite(module, by_weight)):
             name = type(module).__name__
             module.__class__ = _masked_class(type(module), f"Masked{name}" if names else name)
     for mask in by_weight.values():
@@ -117,6 +116,10 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
                 _rename_masked(node, node.name)
     return model
+
+
+def _is_composite(module: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
+    return bool(module._modules) and _holds_weights(module, masks)
 
 
 def _holds_weights(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:

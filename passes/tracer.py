@@ -20,7 +20,7 @@ from passes.arguments import is_default
 from passes.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
 from passes.effects import Snapshot
 from passes.frames import is_compared_by_identity, is_users, module_of, module_of_code, user_frame
-from passes.kinds import Kinds
+from passes.kinds import Kinds, returns_tensor
 from passes.operands import is_view
 from passes.proxies import CannotTraceError, Value
 
@@ -124,6 +124,8 @@ class Tracer(TypedTracer):
         self.assumed: set[str] = set()
         self.through: set[str] = set()
         self._refusals: list[CannotTraceError] = []
+        self._certain = False  # whether the next value is known to be a tensor
+        self._leaves: dict[nn.Module, bool] = {}
         self._kinds: Kinds | None = None
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -136,7 +138,9 @@ class Tracer(TypedTracer):
         return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_builtin(m) or is_called_whole(m) or m in self.blocks
+        if m not in self._leaves:
+            self._leaves[m] = is_builtin(m) or is_called_whole(m) or m in self.blocks
+        return self._leaves[m]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,6 +148,7 @@ class Tracer(TypedTracer):
         path = self.path_of_module(m)
         inside = self._gets_parameter(m, args, kwargs)
         if self.is_leaf_module(m, path) and not inside:
+            self._certain = returns_tensor(m)
             return super().call_module(m, forward, args, kwargs)
         last, refusals = next(iter(reversed(self.graph.nodes)), None), len(self._refusals)
         try:
@@ -165,7 +170,8 @@ class Tracer(TypedTracer):
 
     def proxy(self, node: fx.Node) -> Value:
         """Return what stands for a node's value; refuse where code compares it to None, which no proxy can be."""
-        if _may_be_none(node) and (frame := user_frame()) and is_compared_by_identity(frame):
+        certain, self._certain = self._certain, False
+        if not certain and _may_be_none(node) and (frame := user_frame()) and is_compared_by_identity(frame):
             value = Value(node, self)
             if self.known_kind_of(value) is None:
                 self.refuse(f"asks whether {node.name!r} is None")
