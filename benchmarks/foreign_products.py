@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,8 +52,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for position in OPERANDS.get(str(func._overloadpacket), ()):
-            self.multiplied |= self._names(args[position])
+        operands = [self._names(args[position]) for position in OPERANDS.get(str(func._overloadpacket), ())]
+        self.multiplied |= next((names for names in reversed(operands) if names), frozenset())  # a query meets a weight
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if read and all(_storage(t) in self._known for t in read):
             self._follow(frozenset().union(*(self._names(t) for t in read)), pytree.tree_leaves(output))
@@ -85,6 +84,11 @@ class Uncounted(TorchDispatchMode):
             self.macs[name] += args[0].numel()
         elif name == "addmv":
             self.macs[name] += args[1].numel()
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":
+            query, key, value = args[:3]
+            self.macs[name] += query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
+        elif name == "_grouped_mm":
+            self.macs[name] += args[0].numel() * args[1].shape[-1]
         elif name == "_trilinear":
             self.macs[name] += _broadcast(args)
         return output
@@ -93,10 +97,16 @@ class Uncounted(TorchDispatchMode):
 def torch_macs(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any]) -> tuple[int, Counter[str]]:
     """Return half of what torch's counter finds in one inference, and the MACs of products that it does not count.
 
-    Attention is done by plain products, for the counter does not know the kernels that CPUs have for it.
+    Recurrent layers run as plain products, for the counter does not look into the kernels that CPUs have for them.
     """
     uncounted = Uncounted()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncounted, FlopCounterMode(display=False) as counter:
+    model.requires_grad_(False)  # the counter fails at modules that are given parameters which want gradients
+    with (
+        torch.no_grad(),
+        torch.backends.mkldnn.flags(enabled=False),
+        uncounted,
+        FlopCounterMode(display=False) as counter,
+    ):
         call(model, inputs)
     return counter.get_total_flops() // 2, uncounted.macs
 

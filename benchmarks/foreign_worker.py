@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from foreign_attempts import Make
 from foreign_checks import CHECKS, Skipped, Subject
-from foreign_models import Make
 from foreign_packages import PACKAGES
 
 from passes import graphs

@@ -18,6 +18,10 @@ _SEED = 0
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.complex64: 1e-5}
 
 
+class VerificationError(ValueError):
+    """A model cannot be compared with its graphs; the message says why."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What one forward and backward pass leaves to be compared."""
@@ -46,7 +50,7 @@ def faithful_capture(
         What `trace` returns. Regions that differed are in `opaque`, with what differed.
 
     Raises:
-        ValueError: the inputs have no values, the model fails on them, or two runs of the model itself differ.
+        VerificationError: the inputs have no values, the model fails on them, or two runs of the model itself differ.
     """
     inputs = (tuple(args), dict(kwargs))
     _check_values(model, inputs)
@@ -64,7 +68,7 @@ def faithful_capture(
 def _check_values(model: nn.Module, inputs: Any) -> None:
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if any(t.is_meta for t in [*tensors, *model.parameters(), *model.buffers()]):
-        raise ValueError(
+        raise VerificationError(
             "Verification runs the model: give inputs with values, such as inputs=torch.rand(2, 3, 224, 224), and a model that "
             "is not on the meta device; or verify=False."
         )
@@ -76,11 +80,11 @@ def _reference(model: nn.Module, inputs: Any, training: bool) -> Run:
     try:
         first, second = (_run(copied(model), inputs, training) for _ in range(2))
     except Exception as error:
-        raise ValueError(
+        raise VerificationError(
             f"Verification cannot run: the model itself fails on these inputs in {mode} mode: {type(error).__name__}: {error}"
         ) from error
     if what := _difference(first, second):
-        raise ValueError(
+        raise VerificationError(
             f"Verification cannot run: two runs of the model itself differ, with the same seed in {mode} mode ({what}). Make "
             f"it deterministic, or use verify=False."
         )

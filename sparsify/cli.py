@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from passes.verify import VerificationError
 from sparsify.api import sparsify
 from sparsify.distributions import DISTRIBUTIONS
 from sparsify.files import check_folder
@@ -21,6 +22,7 @@ from sparsify.methods import METHODS
 from sparsify.report import FlopReport
 from sparsify.views import draw_graph, graph_table
 
+_VERIFIED = 250_000_000  # MACs, up to which a model is compared with its graphs unless told otherwise: seconds
 _EXAMPLES = """examples:
   sparsify resnet50 --density 0.1                          the report at 10% density, ERK
   sparsify resnet50 --flops 0.25                           the density that costs a quarter of the dense FLOPs
@@ -106,6 +108,12 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         help="parameters that are masked whatever reads them: fnmatch patterns such as 'embedding.weight'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help=f"run the model and its graphs on random inputs and compare (default: up to {_VERIFIED // 10**6} million "
+        f"MACs)",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -146,16 +154,8 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
     reports = {}
     for name in names:
-        sparse = sparsify(
-            model,
-            options.density,
-            name,
-            method=options.method,
-            flops=options.flops,
-            inputs=shape,  # so that a run proves the coverage
-            exclude=options.exclude,
-            include=options.include,
-            seed=options.seed,
+        sparse = (
+            _make_verified(model, name, shape, options) if not reports else _make(model, name, shape, options, False)
         )
         reports[name] = flop_report(sparse, shape)
         if len(names) == 1:
@@ -166,6 +166,33 @@ def _run(options: argparse.Namespace) -> None:
         content = {name: report.to_dict() for name, report in reports.items()}
         with open(options.json, "w") as file:
             json.dump(content if len(names) > 1 else content[names[0]], file, indent=1)
+
+
+def _make(model: nn.Module, name: str, shape: tuple[int, ...], options: argparse.Namespace, verify: bool) -> nn.Module:
+    return sparsify(
+        model,
+        options.density,
+        name,
+        method=options.method,
+        flops=options.flops,
+        inputs=shape,  # so that a run proves the coverage
+        exclude=options.exclude,
+        include=options.include,
+        seed=options.seed,
+        verify=verify,
+    )
+
+
+def _make_verified(model: nn.Module, name: str, shape: tuple[int, ...], options: argparse.Namespace) -> nn.Module:
+    """Sparsify a model with values, and compare what its graphs compute with what it computes, if that works out."""
+    if options.verify or (options.verify is None and flop_report(model, shape).dense_macs <= _VERIFIED):
+        try:
+            return _make(load_model(options.model, device="cpu"), name, shape, options, verify=True)
+        except VerificationError as error:
+            if options.verify:
+                raise
+            print(f"sparsify: not verified. {error}", file=sys.stderr)
+    return _make(model, name, shape, options, verify=False)
 
 
 def _show(model: nn.Module, report: FlopReport, shape: tuple[int, ...], options: argparse.Namespace) -> None:

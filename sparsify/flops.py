@@ -122,12 +122,16 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
 
 
 def with_values(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn what users pass as `inputs` into arguments to run a model on: a shape stands for random numbers."""
+    """Turn what users pass as `inputs` into arguments to run a model on.
+
+    A shape stands for random numbers, of two samples at least: batch norm in training takes no fewer.
+    """
     args, kwargs = arguments_of(model, inputs)
     if isinstance(inputs, (tuple, list)) and all(isinstance(n, int) for n in inputs):
         generator = torch.Generator().manual_seed(0)
         device = next((p.device for p in model.parameters()), "cpu")
-        args = (torch.randn(args[0].shape, generator=generator).to(device, args[0].dtype),)
+        shape = (max(2, inputs[0]), *inputs[1:])
+        args = (torch.randn(shape, generator=generator).to(device, args[0].dtype),)
     return args, kwargs
 
 
