@@ -56,7 +56,9 @@ class Products(TorchDispatchMode):
         self.multiplied |= next((names for names in reversed(operands) if names), frozenset())  # a query meets a weight
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if read and all(_storage(t) in self._known for t in read):
-            self._follow(frozenset().union(*(self._names(t) for t in read)), pytree.tree_leaves(output))
+            names = frozenset().union(*(self._names(t) for t in read))
+            several = sum(map(bool, operands)) > 1  # what a parameter times a weight is, is an activation
+            self._follow(frozenset() if several else names, pytree.tree_leaves(output))
         return output
 
     def _follow(self, names: frozenset[str], outputs: list[Any]) -> None:

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -43,6 +43,7 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
 }
 # What torch's `checkpoint` ends in, by whatever name it was called.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
+_saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 _is_casting, _casts_to = torch.is_autocast_enabled, torch.get_autocast_dtype
 _tracing = threading.local()
 
@@ -50,8 +51,7 @@ _tracing = threading.local()
 def modes() -> tuple[Any, ...]:
     """Return torch's present modes, to be compared with those at another time."""
     casts = [(_is_casting(d), _casts_to(d)) for d in _DEVICES]
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (*(switch() for switch in _SWITCHES.values()), *casts, hooks)
+    return (*(switch() for switch in _SWITCHES.values()), *casts, _saving(True))
 
 
 def changed_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
@@ -182,14 +182,12 @@ def _custom_function(self: Any, *args: Any) -> None:
 def answering(model: nn.Module) -> Iterator[None]:
     """Answer or refuse what a model's code asks while it is traced; code that runs elsewhere meanwhile notices nothing."""
     patches = [(namespace, name, answer) for namespace in _namespaces(model) for name, answer in _answers(namespace)]
+    patches += [(torch.__dict__, name, answer) for name, answer in _ANSWERS.items()]
     before = [namespace.get(name) for namespace, name, _ in patches]
     try:
         for namespace, name, answer in patches:
             namespace[name] = answer
-        with (
-            mock.patch.multiple(torch, **_ANSWERS),
-            mock.patch.object(BackwardCFunction, "__init__", _custom_function, create=True),
-        ):
+        with mock.patch.object(BackwardCFunction, "__init__", _custom_function, create=True):
             yield
     finally:
         for (namespace, name, _), value in zip(patches, before, strict=True):
@@ -214,10 +212,10 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the globals of the packages that the model's classes come from, and of the functions that they import."""
     classes = {cls for kind in {type(m) for m in model.modules()} for cls in kind.__mro__}
     packages = {cls.__module__.partition(".")[0] for cls in classes if is_users(cls.__module__)}
-    own = [vars(m) for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages and m is not None]
-    used = [
-        value.__globals__ for namespace in own for value in list(namespace.values()) if isinstance(value, FunctionType)
-    ]
+    loaded = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages]
+    own = [module.__dict__ for module in loaded if isinstance(module, ModuleType)]
+    imported = [value for namespace in own for value in list(namespace.values()) if isinstance(value, FunctionType)]
+    used = [function.__globals__ for function in imported]
     found = {id(n): n for n in [*own, *used] if is_users(n.get("__name__") or "")}
-    found[id(vars(rnn))] = vars(rnn)  # torch's own, which asks what it gets
+    found[id(rnn.__dict__)] = rnn.__dict__  # torch's own, which asks what it gets
     return list(found.values())

@@ -51,6 +51,8 @@ def _asked_by_torch(frame: FrameType | None) -> bool:
 
 def masked(module: nn.Module, name: str) -> Any:
     """Return a parameter of a module as its consumer must see it: through its mask, if it has one."""
+    if name not in module._parameters:  # a hook of torch.nn.utils has put a tensor in its place
+        return getattr(module, name)
     parameter, mask = module._parameters[name], module._modules.get(f"{name}_mask")
     return mask(parameter) if isinstance(mask, Guest) else parameter
 

@@ -148,7 +148,9 @@ def _returned(name: str) -> type | None:
     if packet is None or not hasattr(packet, "overloads"):
         return _annotated(getattr(F, name, None))
     returns = {tuple(str(r.type) for r in getattr(packet, o)._schema.returns) for o in packet.overloads()}
-    return {("Tensor",): Tensor, ("bool",): bool}.get(next(iter(returns))) if len(returns) == 1 else None
+    if returns == {("Tensor",)}:
+        return Tensor
+    return bool if returns == {("bool",)} else None
 
 
 def _annotated(function: Any) -> type | None:

@@ -98,12 +98,12 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
     own_code = {model.get_submodule(path) for path in (*capture.opaque, *capture.leaves)}
     regions = {model.get_submodule(path) for path in capture.regions}
     for module in list(model.modules()):
-        names = [name for name, weight in module._parameters.items() if weight is not None and weight in by_weight]
-        for name in names:
-            module.add_module(f"{name}_mask", by_weight[module._parameters[name]])
-        if module not in regions and (names or module in own_code or _is_composite(module, by_weight)):
+        own = [(name, by_weight[p]) for name, p in module._parameters.items() if p is not None and p in by_weight]
+        for name, mask in own:
+            module.add_module(f"{name}_mask", mask)
+        if module not in regions and (own or module in own_code or _is_composite(module, by_weight)):
             name = type(module).__name__
-            module.__class__ = _masked_class(type(module), f"Masked{name}" if names else name)
+            module.__class__ = _masked_class(type(module), f"Masked{name}" if own else name)
     for mask in by_weight.values():
         mask.train(model.training)
     for path, region in capture.regions.items():

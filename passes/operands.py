@@ -18,6 +18,9 @@ from torch.fx.node import map_arg
 
 from passes.vocabulary import CONSUMERS, INDEXING, JOINING, METADATA, READERS, SLICES, VIEWS, is_pointwise
 
+# How the reason ends why a weight is dense that is read where no graph shows what becomes of it.
+ASK = ". Give inputs=, and a run shows whether it is multiplied by; or name it in include= or exclude="
+
 
 @dataclass(frozen=True)
 class Read:
@@ -178,13 +181,13 @@ def _is_python(node: fx.Node) -> bool:
 def _problem(module: nn.Module, node: fx.Node) -> str:
     """Say why nobody knows what a node does with a parameter, "" where it certainly does not multiply by it."""
     if node.op == "output":
-        return "unsupported: it leaves its graph as an output, for Python code to read"
+        return f"unsupported: it leaves its graph as an output, for Python code to read{ASK}"
     if node.op == "call_module":  # whose argument is an activation, unless the module is a product that someone wrapped
         called = module.get_submodule(str(node.target))
         own = not type(called).__module__.startswith("torch.") and next(called.parameters(), None) is None
         return f"unknown: {type(called).__name__} gets it as an argument" if own else ""
     if _is_python(node):
-        return f"unsupported: the Python function {_name(node)} reads it"
+        return f"unsupported: the Python function {_name(node)} reads it{ASK}"
     name = _name(node).strip("_")
     if is_view(node) or name in READERS or is_pointwise(name):
         return ""

@@ -8,6 +8,7 @@ builtins such as isinstance() ask is answered in `passes.asking`: a proxy whose 
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.proxy import Attribute as FxAttribute
 
 _OWN = frozenset(["node", "tracer", "root", "attr", "_node"])  # attributes of fx's proxies
 
@@ -24,7 +25,7 @@ class Value(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name) and (name.startswith("__") or not self._may_have(name)):
             raise AttributeError(f"{self!r} has no attribute {name!r}")
-        return Attribute(self, name)
+        return Attribute(self, name)  # pyright: ignore[reportArgumentType]
 
     def _may_have(self, name: str) -> bool:
         kind = self.tracer.known_kind_of(self)
@@ -56,9 +57,9 @@ class Value(fx.Proxy):
         return fx.Proxy.__torch_function__.__func__(Value, orig_method, types, args, kwargs)  # whichever kind is asked
 
 
-class Attribute(Value, fx.proxy.Attribute):
+class Attribute(Value, FxAttribute):
     """Stands for an attribute of a value, or for its method until that is called."""
 
-    __init__ = fx.proxy.Attribute.__init__
-    __call__ = fx.proxy.Attribute.__call__
-    node = fx.proxy.Attribute.node
+    __init__ = FxAttribute.__init__
+    __call__ = FxAttribute.__call__
+    node = FxAttribute.node  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from passes.capture import Capture, called_modules
-from passes.operands import reads
+from passes.operands import ASK, reads
 from passes.source import multiplied_attributes, replaced_data
 from passes.tracer import is_builtin, is_container
 
@@ -113,8 +113,8 @@ def find_sites(
     sites = []
     for name, weight in model.named_parameters():
         uses, problem = found.get(weight, []), problems.get(weight, "")
-        if multiplied is not None and problem.startswith("unsupported"):
-            problem = "" if name in multiplied else "table: no product of the run on the given inputs reads it"
+        if multiplied is not None:
+            problem = _resolved(problem, name in multiplied)
         if multiplied is not None and name in multiplied and (not uses or uses[0].op == "python"):
             uses = [Use("", "", multiplied[name], None)]
         if name in include:
@@ -128,6 +128,15 @@ def find_sites(
         stacked = weight.dim() == 3 and uses[0].op in _STACKS
         sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses), problem, stacked))
     return tuple(sites)
+
+
+def _resolved(problem: str, multiplied: bool) -> str:
+    """Return what is left of a problem when a run has shown whether a product reads the weight."""
+    if problem.startswith("unknown"):
+        return problem.replace("unknown", "table", 1)
+    if not problem.endswith(ASK):
+        return problem
+    return "" if multiplied else "table: no product of the run on the given inputs reads it"
 
 
 # Operations that multiply by one matrix of a stack, or by each of them.
@@ -183,20 +192,20 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
                 yield (
                     weight,
                     Use(path, name, "python", None),
-                    f"unsupported: Python code outside the graph reads it ({reason}). Give inputs=, and a run shows whether it "
-                    f"is multiplied by; or name it in include= or exclude=",
+                    f"unsupported: Python code outside the graph reads it ({reason}){ASK}",
                 )
     leaves = [(path, model.get_submodule(path)) for path in capture.leaves]
     for path, region in capture.regions.items():
         leaves += called_modules(model.get_submodule(path), region.graphs)
     for path, leaf in leaves:
+        hooked = any(module._forward_pre_hooks for module in leaf.modules())
         for weight in _unknown_weights(leaf):
-            yield (
-                weight,
-                Use(path, "", type(leaf).__name__, None),
-                f"unsupported: torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does. Give "
-                f"inputs=, and a run shows whether it is multiplied by; or name it in include= or exclude=",
-            )
+            why = f"torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does{ASK}"
+            if hooked:
+                why = (
+                    "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
+                )
+            yield weight, Use(path, "", type(leaf).__name__, None), f"unsupported: {why}"
 
 
 def _replaced_weights(model: nn.Module, capture: Capture) -> Iterator[nn.Parameter]:

@@ -163,7 +163,11 @@ def weights_of(operation: Operation) -> tuple[str, ...]:
     """Return the parameters that a product multiplies by; a parameter times a weight is an activation, and so is a query."""
     if "attention" in operation.name:
         return ()
-    return next((names for names in reversed(operation.weights) if names), ())
+    operands = operation.weights[operation.name in _WITH_BIAS :]
+    return next((names for names in reversed(operands) if names), ())
+
+
+_WITH_BIAS = ("aten.addmm", "aten.baddbmm", "aten.addmv")  # their first argument is added
 
 
 def _shares(macs: int, weights: tuple[str, ...], sizes: dict[str, int]) -> dict[str, int]:

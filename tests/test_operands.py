@@ -249,6 +249,28 @@ def test_weights_that_python_code_reads() -> None:
             assert gradient[mask].any()
 
 
+class Relative(nn.Module):
+    """A bias of two dimensions, and a query that a weight makes an activation of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rel, self.query, self.linear = (
+            nn.Parameter(torch.randn(3, 3)),
+            nn.Parameter(torch.randn(3, 8)),
+            nn.Linear(8, 8),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.rel, self.linear(x), self.linear(self.query).t())
+        return x if x.sum() > 1e9 else x @ x
+
+
+@pytest.mark.parametrize("inputs", [None, V])
+def test_biases_and_queries_are_no_weights(inputs: Tensor | None) -> None:
+    sparse = sparsify(Relative(), density=0.5, inputs=inputs)
+    assert sparse.updater.masks.keys() == {"linear.weight"}
+
+
 def test_experts_are_allocated_by_their_matrices() -> None:
     """ERK gives a stack of experts of 8 x 8 what it gives a layer of 8 x 8: both have the raw score 16 / 64."""
     model = Experts()
