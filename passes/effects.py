@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 import random
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -17,10 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from passes.records import (
+    MISSING,
+    RECORDS,
+    AttributesRecord,
+    ClassRecord,
+    GlobalRecord,
+    MappingRecord,
+    Record,
+    TensorRecord,
+)
+
 _ATOMS = frozenset(
     (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
 ) | {FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter}
-_MISSING = object()
 _OWN = ("_parameters", "_buffers", "_modules")
 _UNWRITTEN = frozenset(vars(nn.Module())) - {*_OWN}  # hooks, for one: not by forward
 
@@ -70,7 +79,7 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], functions: Iterable[Callable[..., Any]] = ()) -> None:
         self.rng = rng_state()
-        self._records: dict[int, _Record] = {}
+        self._records: dict[int, Record] = {}
         self._classes: set[type] = set()
         self._modules = [(module, list(self._of_module(module))) for module in modules]
         self._shared = list(self._of_code(functions))
@@ -88,16 +97,16 @@ class Snapshot:
             if record.changed():
                 record.restore()
 
-    def _chosen(self, module: nn.Module | None) -> Iterator["_Record"]:
+    def _chosen(self, module: nn.Module | None) -> Iterator["Record"]:
         inside = None if module is None else set(module.modules())
         for owner, records in self._modules:
             if inside is None or owner in inside:
                 yield from records
         yield from self._shared
 
-    def _of_module(self, module: nn.Module) -> Iterator["_Record"]:
+    def _of_module(self, module: nn.Module) -> Iterator["Record"]:
         attributes = vars(module)
-        yield _Attributes(attributes, "writes its attribute")
+        yield AttributesRecord(attributes, "writes its attribute")
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield from self._reach(buffer, f"writes its buffer {name!r}")
@@ -107,10 +116,10 @@ class Snapshot:
                 yield from self._reach(value, f"writes its attribute {name!r}")
         self._classes.update(c for c in type(module).__mro__ if _is_users(c))
 
-    def _of_code(self, functions: Iterable[Callable[..., Any]]) -> Iterator["_Record"]:
+    def _of_code(self, functions: Iterable[Callable[..., Any]]) -> Iterator["Record"]:
         code = [f for cls in self._classes for f in functions_of(cls)]
         for cls in self._classes:
-            yield _ClassAttributes(cls, f"writes an attribute of its class {cls.__name__}")
+            yield ClassRecord(cls, f"writes an attribute of its class {cls.__name__}")
         for function in functions:
             function = function.__func__ if isinstance(function, MethodType) else function
             for cell in getattr(function, "__closure__", None) or ():
@@ -119,12 +128,12 @@ class Snapshot:
             code += [function] if isinstance(function, FunctionType) else []
         for function in code:
             for name in _global_names(function.__code__):
-                value = function.__globals__.get(name, _MISSING)
-                if value is not _MISSING and id(value) not in self._records:
-                    yield _Global(function.__globals__, name, f"writes the global {name!r}")
+                value = function.__globals__.get(name, MISSING)
+                if value is not MISSING and id(value) not in self._records:
+                    yield GlobalRecord(function.__globals__, name, f"writes the global {name!r}")
                     yield from self._reach(value, f"writes to the global {name!r}")
 
-    def _reach(self, value: Any, label: str) -> Iterator["_Record"]:
+    def _reach(self, value: Any, label: str) -> Iterator["Record"]:
         """Yield records of a value and of what can be reached from it; modules have their own."""
         kind = type(value)
         if kind in _ATOMS or id(value) in self._records or isinstance(value, (nn.Module, type)):
@@ -143,187 +152,15 @@ class Snapshot:
                 yield from self._reach(item, label)
 
 
-def _record(value: Any, label: str) -> "_Record | None":
+def _record(value: Any, label: str) -> "Record | None":
     if isinstance(value, Tensor):
-        return None if value.is_inference() or isinstance(value, nn.Parameter) else _Values(value, label)
-    for kind, bases in _RECORDS.items():
+        return None if value.is_inference() or isinstance(value, nn.Parameter) else TensorRecord(value, label)
+    for kind, bases in RECORDS.items():
         if isinstance(value, bases):
             return kind(value, label)
-    return _Mapping(vars(value), label) if hasattr(value, "__dict__") and _is_users(type(value)) else None
+    return MappingRecord(vars(value), label) if hasattr(value, "__dict__") and _is_users(type(value)) else None
 
 
-class _Record:
-    """One mutable thing as it was; elements are compared by identity, since `==` on an fx.Proxy would be recorded."""
-
-    def __init__(self, value: Any, label: str) -> None:
-        self.value, self.label = value, label
-        self.saved = self.copy()
-
-    def copy(self) -> Any:
-        return list(self.value)
-
-    def changed(self) -> bool:
-        now, saved = self.value, self.saved
-        return len(now) != len(saved) or any(a is not b for a, b in zip(now, saved, strict=True))
-
-    def restore(self) -> None:
-        self.value.clear()
-        self.value.extend(self.saved)
-
-    def items(self) -> Iterable[Any]:
-        return self.saved
-
-    def what(self) -> str:
-        return self.label
-
-
-class _List(_Record):
-    """A list or a deque."""
-
-
-class _Set(_Record):
-    def copy(self) -> Any:
-        return set(self.value)
-
-    def changed(self) -> bool:
-        return {id(v) for v in self.value} != {id(v) for v in self.saved}
-
-    def restore(self) -> None:
-        self.value.clear()
-        self.value.update(self.saved)
-
-
-class _Mapping(_Record):
-    """A dict of any kind, or the attributes of a plain object; read past what a subclass makes of reading."""
-
-    def copy(self) -> Any:
-        return dict(dict.items(self.value))
-
-    def changed(self) -> bool:
-        now, saved = self.value, self.saved
-        return dict.__len__(now) != len(saved) or any(dict.get(now, k, _MISSING) is not v for k, v in saved.items())
-
-    def restore(self) -> None:
-        base = OrderedDict if isinstance(self.value, OrderedDict) else dict  # subclasses may refuse writes
-        base.clear(self.value)
-        base.update(self.value, self.saved)
-
-    def items(self) -> Iterable[Any]:
-        return self.saved.values()
-
-
-class _Attributes(_Mapping):
-    """The attributes of a module; `training` is the tracer's to set."""
-
-    def changed(self) -> bool:
-        return bool(self._written())
-
-    def what(self) -> str:
-        return f"{self.label} {self._written()[0]!r}"
-
-    def _written(self) -> list[str]:
-        now, saved = self.value, self.saved
-        new = [k for k in now if k not in saved] if len(now) != len(saved) else []
-        return new + [k for k, v in saved.items() if now.get(k, _MISSING) is not v and k != "training"]
-
-
-class _ClassAttributes(_Mapping):
-    """The attributes of a class, which has a read-only view of them."""
-
-    def copy(self) -> Any:
-        return dict(vars(self.value))
-
-    def changed(self) -> bool:
-        now, saved = vars(self.value), self.saved
-        return len(now) != len(saved) or any(now.get(k, _MISSING) is not v for k, v in saved.items())
-
-    def restore(self) -> None:
-        for name in vars(self.value).keys() - self.saved.keys():
-            delattr(self.value, name)
-        for name, value in self.saved.items():
-            if vars(self.value).get(name, _MISSING) is not value:
-                setattr(self.value, name, value)
-
-
-class _Global(_Record):
-    def __init__(self, namespace: dict[str, Any], name: str, label: str) -> None:
-        self.name = name
-        super().__init__(namespace, label)
-
-    def copy(self) -> Any:
-        return self.value[self.name]
-
-    def changed(self) -> bool:
-        return self.value.get(self.name, _MISSING) is not self.saved
-
-    def restore(self) -> None:
-        self.value[self.name] = self.saved
-
-
-class _Values(_Record):
-    """A tensor that is no parameter: writes in place raise its version."""
-
-    def copy(self) -> Any:
-        self.version = self.value._version
-        return None if self.value.is_meta else self.value.detach().clone()
-
-    def changed(self) -> bool:
-        return self.value._version != self.version
-
-    def restore(self) -> None:
-        if self.saved is not None:
-            self.value.detach().copy_(self.saved)
-        self.version = self.value._version
-
-    def items(self) -> Iterable[Any]:
-        return ()
-
-
-class _Array(_Record):
-    def copy(self) -> Any:
-        return self.value.copy()
-
-    def changed(self) -> bool:
-        return not np.array_equal(self.value, self.saved, equal_nan=self.value.dtype.kind in "fc")
-
-    def restore(self) -> None:
-        self.value[...] = self.saved
-
-    def items(self) -> Iterable[Any]:
-        return ()
-
-
-class _Generator(_Record):
-    """A generator of random numbers of the module's own."""
-
-    def copy(self) -> Any:
-        if isinstance(self.value, torch.Generator):
-            return self.value.get_state()
-        return self.value.getstate() if isinstance(self.value, random.Random) else self.value.bit_generator.state
-
-    def changed(self) -> bool:
-        now = self.copy()
-        return not torch.equal(now, self.saved) if isinstance(now, Tensor) else repr(now) != repr(self.saved)
-
-    def restore(self) -> None:
-        if isinstance(self.value, torch.Generator):
-            self.value.set_state(self.saved)
-        elif isinstance(self.value, random.Random):
-            self.value.setstate(self.saved)
-        else:
-            self.value.bit_generator.state = self.saved
-
-    def items(self) -> Iterable[Any]:
-        return ()
-
-
-_RECORDS: dict[type[_Record], tuple[type, ...]] = {
-    _Mapping: (dict,),
-    _List: (list, deque),
-    _Set: (set,),
-    _Array: (np.ndarray,),
-    _Generator: (torch.Generator, random.Random, np.random.Generator),
-}
 _FOREIGN = ("torch", "numpy", "logging", "threading", "_thread", "re", "functools", "weakref", "types", "builtins")
 
 
