@@ -70,7 +70,7 @@ class Worker:
         self.process = None
 
     def _ready(self) -> subprocess.Popen[str]:
-        if self.checked % MODELS == 0:
+        if self.checked % MODELS == 0 or (self.process and self.process.poll() is not None):
             self.close()
         if self.process is None:
             command, pipe = [sys.executable, HERE / "foreign_worker.py"], subprocess.PIPE

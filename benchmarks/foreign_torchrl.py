@@ -23,7 +23,7 @@ TORCHRL: Listed = {
     ),
     "DdpgCnnActor": ({"action_dim": 4, "conv_net_kwargs": CNN, "use_avg_pooling": True}, (FRAME,)),
     "DdpgCnnQNet": ({"conv_net_kwargs": CNN}, (FRAME, random(2, 4))),
-    "DuelingCnnDQNet": ({"out_features": 4, "cnn_kwargs": CNN, "mlp_kwargs": CELLS}, (FRAME,)),
+    "DuelingCnnDQNet": ({"out_features": 4, "cnn_kwargs": CNN, "mlp_kwargs": {"num_cells": 32, "depth": 1}}, (FRAME,)),
     "MultiAgentMLP": (
         {
             "n_agent_inputs": 12,

@@ -198,10 +198,9 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
     for path, region in capture.regions.items():
         leaves += called_modules(model.get_submodule(path), region.graphs)
     for path, leaf in leaves:
-        hooked = any(module._forward_pre_hooks for module in leaf.modules())
         for weight in _unknown_weights(leaf):
             why = f"torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does{ASK}"
-            if hooked:
+            if any(module._forward_pre_hooks for module in leaf.modules()):
                 why = (
                     "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
                 )

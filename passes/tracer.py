@@ -22,10 +22,11 @@ from passes.effects import Snapshot
 from passes.frames import is_compared_by_identity, is_users, module_of, module_of_code, user_frame
 from passes.kinds import Kinds, returns_tensor
 from passes.operands import is_view
-from passes.proxies import CannotTraceError, Value
+from passes.proxies import Attribute, CannotTraceError, Value
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (tuple, list, dict, slice, range)
+_SIMPLE = frozenset([Value, Attribute, bool, int, float, str, type(None), tuple, list, dict])
 
 
 def is_builtin(module: nn.Module) -> bool:
@@ -80,6 +81,8 @@ class TypedTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Return what stands for an argument in a node."""
         kind = type(a)
+        if kind in _SIMPLE:  # most of what there is
+            return super().create_arg(a)
         if kind is collections.OrderedDict:
             return self.create_node("call_function", kind, (self.create_arg(dict(a)),), {})
         if dataclasses.is_dataclass(a) or (issubclass(kind, _CONTAINERS) and not _is_plain(kind)):
