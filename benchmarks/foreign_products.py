@@ -28,9 +28,6 @@ OPERANDS = {
     "aten._grouped_mm": (0, 1),
     "aten.convolution": (0, 1),
     "aten._convolution": (0, 1),
-    "aten._scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
-    "aten._scaled_dot_product_attention_math": (0, 1, 2),
-    "aten._scaled_dot_product_fused_attention_overrideable": (0, 1, 2),
     "aten.mkldnn_rnn_layer": (0, 1, 2),
 }
 

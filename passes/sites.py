@@ -123,6 +123,8 @@ def find_sites(
             continue
         elif weight.is_complex():
             problem = "unsupported: its numbers are complex"
+        elif not _is_attribute(model, name):
+            problem = "unsupported: it is no attribute of a module by which its mask could be stored"
         elif weight in replaced:
             problem = "unsupported: Python code assigns its .data, which a mask cannot follow"
         stacked = weight.dim() == 3 and uses[0].op in _STACKS
@@ -205,6 +207,14 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
                     "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
                 )
             yield weight, Use(path, "", type(leaf).__name__, None), f"unsupported: {why}"
+
+
+def _is_attribute(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is found by its name, as it is not where a container gives it a name with dots."""
+    try:
+        return isinstance(model.get_parameter(name), nn.Parameter)
+    except AttributeError:
+        return False
 
 
 def _replaced_weights(model: nn.Module, capture: Capture) -> Iterator[nn.Parameter]:
