@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test sweep format bench zoo study clean
+.PHONY: install demo test sweep format bench zoo foreign study clean
 
 install: $(STAMP)
 
@@ -36,6 +36,9 @@ bench: install  ## ratios side by side; other libraries run in an environment of
 
 zoo: install  ## the table of every torchvision model, benchmarks/ZOO.md
 	$(BIN)/python benchmarks/zoo.py --write
+
+foreign: install  ## other people's models, from packages in an environment of their own: benchmarks/FOREIGN.md
+	$(BIN)/python benchmarks/foreign.py --write
 
 study: install  ## every method on real small data, within 90 minutes on 2 cores: examples/STUDY.md
 	$(BIN)/python examples/study.py

@@ -11,7 +11,6 @@ SAMPLE = (
     "mamba2",  # weights of children that Python code reads
     "mixtral",  # experts
     "vit_mae",  # random masks in forward
-    "wavlm",  # gates, weight norm by parametrization
 )
 
 
