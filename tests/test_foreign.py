@@ -7,10 +7,8 @@ from foreign_models import transformers_models
 MODELS = transformers_models()
 SAMPLE = (
     "clip",  # projections that methods read
-    "deberta-v2",  # relative positions, chosen by data
     "mamba2",  # weights of children that Python code reads
     "mixtral",  # experts
-    "vit_mae",  # random masks in forward
 )
 
 
