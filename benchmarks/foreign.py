@@ -14,16 +14,17 @@ import re
 import subprocess
 import sys
 import threading
-import venv
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from environment import build, python_of
+
 HERE = Path(__file__).parent
 VENV = HERE.parent / ".venv-foreign"
-PYTHON = VENV / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+PYTHON = python_of(VENV)
 TARGET = HERE / "FOREIGN.md"
 INSTALLED = (
     "torch torchvision fvcore numpy tabulate timm transformers diffusers monai pytorchcv vit-pytorch torchrl speechbrain "
@@ -111,30 +112,6 @@ def select(options: argparse.Namespace) -> list[tuple[str, str]]:
     return chosen[: options.limit]
 
 
-def build() -> str:
-    """Make the environment where it is absent; return what went wrong, if anything."""
-    if _runs([PYTHON, "-c", "import " + ", ".join(IMPORTS)]):
-        return ""
-    print(f"Installing {' '.join(INSTALLED)} into {VENV.name}, which takes minutes.", file=sys.stderr)
-    try:
-        venv.create(VENV, with_pip=True, clear=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no environment could be made ({error})."
-    return (
-        ""
-        if _runs([PYTHON, "-m", "pip", "install", "--quiet", *INSTALLED])
-        else "pip could not install them (see above)."
-    )
-
-
-def _runs(command: list[str | Path]) -> bool:
-    quiet = subprocess.DEVNULL if "-c" in command else None
-    try:
-        return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
-    except OSError:
-        return False
-
-
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "an unknown processor")
@@ -173,7 +150,7 @@ def main() -> int:
 
 def _within() -> int:
     """Run this again in the environment of the packages, with the checkout's library behind what PYTHONPATH names."""
-    if problem := build():
+    if problem := build(VENV, INSTALLED, IMPORTS):
         print(f"Skipped: {problem}", file=sys.stderr)
         return 0
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parent)])

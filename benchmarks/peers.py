@@ -3,23 +3,25 @@
 import json
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
+from environment import build, python_of
 from tabulate import tabulate
 from workload import Ratio, shown
 
 HERE = Path(__file__).parent
 PEERS = {"rigl-torch": "0.5.2", "sparselab": "0.2.2", "nncf": "3.4.0"}
 VENV = HERE.parent / ".venv-peers"
-PYTHON = VENV / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+PYTHON = python_of(VENV)
+PACKAGES = [*(f"{name}=={version}" for name, version in PEERS.items()), "torchvision"]
+IMPORTS = ["rigl_torch.RigL", "sparselab", "nncf", "torchvision"]
 
 
 def measure(repeats: int) -> dict[str, dict[str, Any]]:
     """Run `peer.py` for every library, this one included, one after the other; {library: its figures}."""
     found = {"sparsify": _figures(sys.executable, "sparsify", repeats)}
-    if problem := _build():
+    if problem := build(VENV, PACKAGES, IMPORTS):
         print(f"Skipped other libraries: {problem}", file=sys.stderr)
         return found
     return found | {name: _figures(PYTHON, name, repeats) for name in PEERS}
@@ -54,25 +56,3 @@ def feature_table(found: dict[str, dict[str, Any]]) -> str:
 
 def _heads(found: dict[str, dict[str, Any]]) -> list[str]:
     return [f"{name} {figures.get('library', '')} (torch {figures['torch']})" for name, figures in found.items()]
-
-
-def _build() -> str:
-    """Make the peers' environment where it is absent; return what went wrong, if anything."""
-    wanted = " ".join(f"{name}=={version}" for name, version in PEERS.items())
-    if _runs([PYTHON, "-c", "import rigl_torch.RigL, sparselab, nncf, torchvision"]):
-        return ""
-    print(f"Installing {wanted} into {VENV.name}; they bring their own torch, which takes minutes.", file=sys.stderr)
-    try:
-        venv.create(VENV, with_pip=True, clear=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no environment could be made ({error})."
-    installed = _runs([PYTHON, "-m", "pip", "install", "--quiet", *wanted.split(), "torchvision"])
-    return "" if installed else "pip could not install them (see above)."
-
-
-def _runs(command: list[str | Path]) -> bool:
-    quiet = subprocess.DEVNULL if "-c" in command else None
-    try:
-        return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
-    except OSError:
-        return False

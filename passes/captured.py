@@ -13,7 +13,7 @@ from torch.package.importer import sys_importer
 from passes.arguments import Arguments
 from passes.capture import Capture
 from passes.host import Host, container_methods, run_reading
-from passes.tracer import HOOKS, TypedTracer
+from passes.tracer import TypedTracer, has_hooks
 
 _OWN = ("_compiled_call_impl",)  # what Module.compile() made calls this module, and no copy of it
 _UNPICKLED = ("_graphs", "_forwards", *_OWN)
@@ -36,7 +36,7 @@ class Captured(Host, fx.GraphModule):
 
     def ignore_later_hooks(self) -> None:
         """Go on running graphs whatever hooks are added to modules that they do not call, if there are none yet."""
-        if not any(vars(inner)[hooks] for inner in self._through for hooks in HOOKS):
+        if not any(map(has_hooks, self._through)):
             vars(self)["_through"] = ()
 
     @property
@@ -88,11 +88,8 @@ def _holds(module: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     if torch.compiler.is_compiling():
         return True
     by_mode = module._graphs[True] is not module._graphs[False]
-    for inner in module._through:
-        attributes = vars(inner)
-        if (by_mode and attributes["training"] is not module.training) or any(attributes[hooks] for hooks in HOOKS):
-            return False
-    return True
+    mixed = by_mode and any(inner.training is not module.training for inner in module._through)
+    return not mixed and not any(map(has_hooks, module._through))
 
 
 def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ class Host(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         reader = getattr(_thread, "reader", None)
-        if reader and name in self._parameters and isinstance(mask := self._modules.get(f"{name}_mask"), Guest):
+        if reader and name in self._parameters and (mask := _mask_of(self, name)):
             return mask(value) if reader == "torch" else mask.read(value)
         return value
 
@@ -53,8 +53,13 @@ def masked(module: nn.Module, name: str) -> Any:
     """Return a parameter of a module as its consumer must see it: through its mask, if it has one."""
     if name not in module._parameters:  # a hook of torch.nn.utils has put a tensor in its place
         return getattr(module, name)
-    parameter, mask = module._parameters[name], module._modules.get(f"{name}_mask")
-    return mask(parameter) if isinstance(mask, Guest) else parameter
+    parameter, mask = module._parameters[name], _mask_of(module, name)
+    return mask(parameter) if mask else parameter
+
+
+def _mask_of(module: nn.Module, name: str) -> Guest | None:
+    mask = module._modules.get(f"{name}_mask")
+    return mask if isinstance(mask, Guest) else None
 
 
 def run_reading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -31,17 +31,24 @@ class Record:
         self.value.extend(self.saved)
 
     def items(self) -> Iterable[Any]:
-        return self.saved
+        """Return what it holds, to be looked at in turn."""
+        return ()
 
     def what(self) -> str:
+        """Say what was written to."""
         return self.label
 
 
 class ListRecord(Record):
     """A list or a deque."""
 
+    def items(self) -> Iterable[Any]:
+        return self.saved
 
-class SetRecord(Record):
+
+class SetRecord(ListRecord):
+    """A set."""
+
     def copy(self) -> Any:
         return set(self.value)
 
@@ -106,6 +113,8 @@ class ClassRecord(MappingRecord):
 
 
 class GlobalRecord(Record):
+    """What a global name is bound to."""
+
     def __init__(self, namespace: dict[str, Any], name: str, label: str) -> None:
         self.name = name
         super().__init__(namespace, label)
@@ -135,11 +144,10 @@ class TensorRecord(Record):
             self.value.detach().copy_(self.saved)
         self.version = self.value._version
 
-    def items(self) -> Iterable[Any]:
-        return ()
-
 
 class ArrayRecord(Record):
+    """A numpy array."""
+
     def copy(self) -> Any:
         return self.value.copy()
 
@@ -148,9 +156,6 @@ class ArrayRecord(Record):
 
     def restore(self) -> None:
         self.value[...] = self.saved
-
-    def items(self) -> Iterable[Any]:
-        return ()
 
 
 class GeneratorRecord(Record):
@@ -172,9 +177,6 @@ class GeneratorRecord(Record):
             self.value.setstate(self.saved)
         else:
             self.value.bit_generator.state = self.saved
-
-    def items(self) -> Iterable[Any]:
-        return ()
 
 
 RECORDS: dict[type[Record], tuple[type, ...]] = {

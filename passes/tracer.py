@@ -18,13 +18,14 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from passes.arguments import is_default
 from passes.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
+from passes.copies import FORWARD_HOOKS
 from passes.effects import Snapshot
 from passes.frames import is_compared_by_identity, is_users, module_of, module_of_code, user_frame
 from passes.kinds import Kinds, returns_tensor
 from passes.operands import is_view
 from passes.proxies import Attribute, CannotTraceError, Value
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (tuple, list, dict, slice, range)
 _SIMPLE = frozenset([Value, Attribute, bool, int, float, str, type(None), tuple, list, dict])
 
@@ -58,7 +59,13 @@ def is_called_whole(module: nn.Module) -> bool:
     A module without parameters gains nothing from being traced, and stays exact in what a graph would freeze:
     its own mode, randomness, Python state.
     """
-    return any(getattr(module, hooks) for hooks in HOOKS) or next(module.parameters(), None) is None
+    return has_hooks(module) or next(module.parameters(), None) is None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is to run before or after a module, forward or backward."""
+    attributes = vars(module)
+    return any(attributes[hooks] for hooks in HOOKS)
 
 
 def expect_default(value: Any, default: Any, name: str) -> None:
@@ -211,8 +218,7 @@ class Tracer(TypedTracer):
         for i, node in enumerate(nodes):
             while is_view(node):
                 node = nodes[i] = node.all_input_nodes[0]
-        hooked = any(getattr(m, hooks) for hooks in HOOKS)
-        return any(node.op == "get_attr" for node in nodes) and not (is_builtin(m) or hooked)
+        return any(node.op == "get_attr" for node in nodes) and not (is_builtin(m) or has_hooks(m))
 
     def _erase_after(self, last: fx.Node | None) -> None:
         while (node := next(iter(reversed(self.graph.nodes)), None)) is not last and node is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from passes.mask import Mask, masks_of, zero_dropped_
+from passes.mask import Mask, masks_of, zero_dropped_weights_
 from sparsify.history import State
 from sparsify.method import Method
 
@@ -73,10 +73,7 @@ def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
     """Make counts, zeros and the updater follow what was loaded."""
     from sparsify.lookup import updater_of
 
-    for name, mask in masks_of(model).items():
-        if not mask.mask.is_meta:
-            with torch.no_grad():
-                zero_dropped_(model.get_parameter(name), mask.mask)
+    zero_dropped_weights_(model)
     updater = updater_of(model)
     if updater is None:
         return
