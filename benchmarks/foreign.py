@@ -35,7 +35,7 @@ IMPORTS = (
     "ultralytics segmentation_models_pytorch"
 ).split()
 Found = dict[tuple[str, str], dict[str, Any]]
-SECONDS, MODELS = 90, 40  # of one model; until a worker is replaced
+SECONDS, MODELS = 150, 40  # of one model; until a worker is replaced
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "YOLO_OFFLINE": "true", "OMP_NUM_THREADS": "1"}
 
 

@@ -6,6 +6,7 @@ the model run the graphs.
 
 import contextlib
 import inspect
+import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +22,33 @@ from passes.effects import Snapshot, functions_of
 from passes.frames import failing_place
 from passes.tracer import Tracer, failing_function, is_builtin, is_container
 
-_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {"meta"}
+# What a module carries while it runs graphs: ours, and what fx's own tools read.
+GRAPH_STATE = (
+    "_arguments",
+    "_through",
+    "_graphs",
+    "_forwards",
+    "meta",
+    "shape_env",
+    "_tracer_cls",
+    "_tracer_extras",
+    "_deepcopy_hooks",
+    "_replace_hooks",
+    "_create_node_hooks",
+    "_erase_node_hooks",
+    "keeps_graph",
+)
+_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {*GRAPH_STATE, "ignore_later_hooks"}
 
 
-def _check_names(module: nn.Module, path: str) -> None:
+def _taken_names(module: nn.Module) -> list[str]:
+    """List what a module has under names that a module with graphs needs for itself."""
     own = {k for cls in type(module).__mro__ if not issubclass(nn.Module, cls) for k in vars(cls)}
     own |= vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
     own -= {"__deepcopy__"} if is_parametrized(module) else set()  # torch's own, which copies as ours does
-    if not isinstance(module, fx.GraphModule) and (
-        taken := sorted(_RESERVED & own - {"__new__", "__doc__", "__jit_unused_properties__"} - set(vars(nn.Module)))
-    ):
-        raise ValueError(
-            f"{path or type(module).__name__!r} has attributes that fx.GraphModule needs for itself: {', '.join(taken)}. "
-            f"Rename them in the model."
-        )
+    if isinstance(module, fx.GraphModule):
+        return []
+    return sorted(_RESERVED & own - {"__new__", "__doc__", "__jit_unused_properties__"} - set(vars(nn.Module)))
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,6 @@ def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str
     Returns:
         The regions and the reasons for what is not one.
 
-    Raises:
-        ValueError: a region has attributes that `fx.GraphModule` needs for itself.
-
     Example:
         >>> capture = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
         >>> [node.name for node in capture.regions[""].graphs[True].nodes]
@@ -103,7 +114,6 @@ def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str
         inside = [name for name, _ in module.named_children()]
         traced = python.get(path) or _why_not(module, path) or _trace_region(module, whole - {module})
         if isinstance(traced, Region):
-            _check_names(module, path)
             regions[path] = traced
             inside = [name for name, leaf in called_modules(module, traced.graphs) if not is_builtin(leaf)]
         elif is_builtin(module):
@@ -131,6 +141,8 @@ def _why_not(module: nn.Module, path: str) -> str | None:
         return "it has no forward: other code reads it"
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    if taken := _taken_names(module):
+        return f"a module with graphs needs for itself what it has under the names {', '.join(taken)}"
     parameters = inspect.signature(type(module).forward).parameters.values()
     optional = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -172,6 +184,8 @@ def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module
         )
     finally:
         constants = _take_constants(module, own)
+    if words := _reserved_words(graphs.values()):
+        return f"generated code cannot read what is named by words of Python's own, {', '.join(sorted(words))}"
     if _facts(graphs[True]) == _facts(graphs[False]):
         graphs[False] = graphs[True]
     through = sorted({path for tracer in tracers for path in tracer.through})
@@ -198,6 +212,11 @@ def _trace_graph(
                 return graph, tracer
         called |= tracer.refused
         _take_constants(module, own)
+
+
+def _reserved_words(graphs: Iterable[fx.Graph]) -> set[str]:
+    paths = [str(n.target) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    return {part for path in paths for part in path.split(".") if keyword.iskeyword(part)}
 
 
 def _take_constants(module: nn.Module, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:

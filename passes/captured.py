@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch.package.importer import sys_importer
 from passes.arguments import Arguments
 from passes.capture import Capture
 from passes.host import Host, container_methods, run_reading
+from passes.mask import OUTER
 from passes.tracer import TypedTracer, has_hooks
 
 _OWN = ("_compiled_call_impl",)  # what Module.compile() made calls this module, and no copy of it
@@ -94,7 +96,7 @@ def _holds(module: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a module's own code, unless its graphs do what that code does not."""
-    masks_transformed = any("transformed" in node.kwargs for node in module.graph.nodes)
+    masks_transformed = any(node.kwargs.get("role") == OUTER for node in module.graph.nodes)
     if masks_transformed or vars(module).get("keeps_graph"):
         raise ValueError(
             f"{base.__name__} is a graph, which holds for calls with tensors and its optional arguments at their defaults, and "
@@ -114,11 +116,34 @@ def _captured_class(base: type[nn.Module]) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
         if _holds(self, args, kwargs):
-            return self._forwards[self.training](self, *args, **kwargs)
+            try:
+                return self._forwards[self.training](self, *args, **kwargs)
+            except AttributeError as error:
+                _explain_missing(self, error)
+                raise
         return _run_python(self, base, args, kwargs)
 
     own = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
     return type(base.__name__, (Captured, base), own | container_methods(base))
+
+
+def _explain_missing(module: Captured, error: AttributeError) -> None:
+    """Raise if a graph reads a layer that has been taken off its module since."""
+    for node in [n for n in module.graph.nodes if n.op in ("call_module", "get_attr")]:
+        if not _is_there(module, str(node.target)):
+            raise RuntimeError(
+                f"{node.target} was there when sparsify() traced the model, and is gone. Change layers (fuse, delete, replace) "
+                f"before sparsify(), or in the dense model that fold() returns, or let the modules around them be called as "
+                f"modules, by sparsify(..., blocks=[...])."
+            ) from error
+
+
+def _is_there(module: nn.Module, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _new_captured(base: type[nn.Module]) -> Captured:

@@ -2,61 +2,118 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
+from passes.capture import GRAPH_STATE
 from passes.captured import Captured, user_class
-from passes.mask import Mask, zero_dropped_weights_
+from passes.mask import OUTER, Mask, zero_dropped_weights_
 from passes.masking import Masked, leaf_class
-
-_GRAPH_STATE = (
-    "_arguments",
-    "_through",
-    "_graphs",
-    "_forwards",
-    "meta",
-    "shape_env",
-    "_tracer_cls",
-    "_tracer_extras",
-    "_deepcopy_hooks",
-)
-_GRAPH_HOOKS = ("_replace_hooks", "_create_node_hooks", "_erase_node_hooks")
+from passes.operands import Computed
 
 
 def fold_(model: nn.Module) -> nn.Module:
     """Undo capture and masking, in place: every module gets its own class and forward back, dropped weights stay 0.
 
+    Where a weight is transformed before use into one that is not 0 where it is dropped, the result is baked in: a
+    parametrization is removed, and its module has the weight itself; any other code keeps its graph, with the mask as a buffer.
+
     Args:
         model: a captured and masked model.
 
     Returns:
-        The same object, with the classes, parameters and state_dict keys of the original model.
+        The same object, with the classes, parameters and state_dict keys of the original model but where something is baked in.
     """
     zero_dropped_weights_(model)
-    return unmask_(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # so that computing a weight changes nothing
+    baked: dict[tuple[nn.Module, str], Tensor] = {}
+    kept: dict[tuple[nn.Module, str], Tensor] = {}
+    for module in [m for m in model.modules() if isinstance(m, Captured)]:
+        needed = _needed(module)
+        own = {node: _parametrized(module, node) for node in needed}
+        if needed and (None in own.values() or vars(module).get("keeps_graph")):
+            kept |= _keep_graph(module, needed)
+        else:
+            baked |= {place: needed[node].mask for node, place in own.items() if place}
+    unmask_(model)
+    for (owner, name), mask in kept.items():
+        owner.register_buffer(name, mask)
+    for (owner, name), mask in baked.items():
+        cls = type(owner)  # of which torch deletes the attribute, and which all copies share
+        _set_class(owner, type(cls.__name__, cls.__bases__, dict(vars(cls))))
+        parametrize.remove_parametrizations(owner, name)
+        weight = owner.get_parameter(name)
+        weight.data = torch.where(mask, weight.detach(), 0)
+    for module in model.modules():
+        module.training = modes.get(module, module.training)
+    return model
+
+
+@torch.no_grad()
+def _needed(module: Captured) -> dict[fx.Node, Mask]:
+    """Return the masks of transformed weights without which other values than 0 would be where they are dropped."""
+    graphs = dict.fromkeys(module._graphs.values())
+    outer = [n for g in graphs for n in g.nodes if n.op == "call_module" and n.kwargs.get("role") == OUTER]
+    found = {}
+    for node in outer:
+        mask, value = (
+            module.get_submodule(str(node.target)),
+            Computed(module, meta=False).value(node.all_input_nodes[0]),
+        )
+        if isinstance(mask, Mask) and (value != 0).logical_and(~mask.mask).any():  # NaN is not 0
+            found[node] = mask
+    return found
+
+
+@torch.no_grad()
+def _parametrized(module: nn.Module, node: fx.Node) -> tuple[nn.Module, str] | None:
+    """Return the module and the name of the parametrized tensor that a node computes, if it computes one whole."""
+    path, _, rest = str(node.target).rpartition("parametrizations.")
+    owner, name = module.get_submodule(path.rstrip(".")), rest.partition(".")[0]
+    if not parametrize.is_parametrized(owner, name):
+        return None
+    value, whole = Computed(module, meta=False).value(node.all_input_nodes[0]), getattr(owner, name)
+    return (owner, name) if torch.equal(value.nan_to_num(), whole.nan_to_num()) else None
+
+
+def _keep_graph(module: Captured, outer: dict[fx.Node, Mask]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Apply masks of transformed weights as buffers, which are returned, and let the module go on running its graphs."""
+    vars(module)["keeps_graph"] = True
+    buffers = {}
+    for node, mask in outer.items():
+        path, _, name = str(node.target).rpartition(".")
+        buffers[module.get_submodule(path), name] = mask.mask
+        with node.graph.inserting_before(node):
+            kept = node.graph.get_attr(str(node.target))
+            node.replace_all_uses_with(node.graph.call_function(torch.where, (kept, node.args[0], 0.0)))
+        node.graph.erase_node(node)
+    return buffers
 
 
 def unmask_(model: nn.Module) -> nn.Module:
     """Undo capture and masking, in place, and leave the weights as they are."""
-    masks = {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Mask)}
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in [m for m in modules if isinstance(m, Captured) and vars(m).get("keeps_graph")]:
+        _without_masks(module)
+    for module in modules:
         for name in [n for n, child in module._modules.items() if isinstance(child, Mask)]:
             delattr(module, name)
         if isinstance(module, Masked):
             _set_class(module, leaf_class(module))
-        elif isinstance(module, Captured):
-            if vars(module).get("keeps_graph"):
-                _without_masks(module, masks)
-            else:
-                _uncapture(module)
+        elif isinstance(module, Captured) and not vars(module).get("keeps_graph"):
+            _uncapture(module)
     return model
 
 
-def _without_masks(module: Captured, masks: set[str]) -> None:
+def _without_masks(module: Captured) -> None:
     """Take the masks out of the graphs of a module whose own forward is not what it computes (a narrowed one)."""
     for graph in dict.fromkeys(module._graphs.values()):
-        for node in [n for n in graph.nodes if n.op == "call_module" and str(n.target) in masks]:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        for node in [n for n in graph.nodes if n.op == "call_module"]:
+            if isinstance(module.get_submodule(str(node.target)), Mask):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
     module.recompile()
 
 
@@ -65,7 +122,7 @@ def _uncapture(module: Captured) -> None:
     for name in [n for n in module._buffers if n.startswith("_tensor_constant") and n in constants]:
         delattr(module, name)
     _set_class(module, user_class(module))
-    for name in (*_GRAPH_STATE, *_GRAPH_HOOKS):
+    for name in GRAPH_STATE:
         vars(module).pop(name, None)
 
 

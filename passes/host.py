@@ -49,12 +49,12 @@ def _asked_by_torch(frame: FrameType | None) -> bool:
     return frame is not None and module_of(frame).startswith("torch.")
 
 
-def masked(module: nn.Module, name: str) -> Any:
-    """Return a parameter of a module as its consumer must see it: through its mask, if it has one."""
+def masked(module: nn.Module, name: str, role: str | None = None) -> Any:
+    """Return a parameter of a module as its consumer, which has a role, must see it: through its mask, if it has one."""
     if name not in module._parameters:  # a hook of torch.nn.utils has put a tensor in its place
         return getattr(module, name)
     parameter, mask = module._parameters[name], _mask_of(module, name)
-    return mask(parameter) if mask else parameter
+    return mask(parameter, role) if mask else parameter
 
 
 def _mask_of(module: nn.Module, name: str) -> Guest | None:

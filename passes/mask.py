@@ -1,6 +1,7 @@
 """Mask: one mask and its rule, the only place that knows what a masked weight does."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     (`masked_fill_` takes several times as long there, and float * bool lets NaN through).
 
     Args:
-        tensor: floating point, any shape; of a sharded one, the part of this rank is changed.
+        tensor: floating point, any shape; of a sharded one, the part of this rank is changed. It may be a sparse one, as
+            embeddings have gradients.
         mask: bool, the same shape, whole.
 
     Returns:
@@ -38,9 +40,20 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
     if is_sharded(tensor):
         zero_dropped_(local(tensor), own_part(mask, tensor))
         return tensor
+    if tensor.is_sparse:
+        return tensor.copy_(_masked(tensor, mask))
     if not _mask_bits_(tensor, mask):
         tensor.masked_fill_(~mask, 0)
     return tensor
+
+
+def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return a tensor, strided or sparse, with 0 where `mask` is False."""
+    if not tensor.is_sparse:
+        return torch.where(mask, tensor, 0)
+    tensor = tensor.coalesce()
+    values = torch.where(mask[tuple(tensor.indices())], tensor.values(), 0)
+    return torch.sparse_coo_tensor(tensor.indices(), values, tensor.shape, is_coalesced=True)
 
 
 def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
@@ -58,8 +71,56 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     return True
 
 
+_STRAY = (
+    "Dropped weights were written to, past their mask, which goes on hiding them. If a training loop averages the floating "
+    "entries of a state_dict, let it copy the masks too (all entries; torch.optim.swa_utils.AveragedModel does); if an optimizer "
+    "trains this model, attach it: model.updater.attach(optimizer, total_steps=...)."
+)
+
+
 class MaskGradient(torch.autograd.Function):
     """Identity whose backward keeps the gradient of kept weights only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, own: bool) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.own = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
+        # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
+        # gradient to both its operands. One that is itself differentiated is not ours to write either.
+        if ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
+            return grad, None, None
+        return _masked(grad, mask), None, None
+
+
+class MaskTangent(MaskGradient):
+    """The same with forward-mode derivatives (torch.func.jvp, hessian), which torch.compile does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        MaskGradient.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return torch.where(ctx.saved_tensors[0], tangents[0], 0)
+
+
+# torch binds the arguments of every `apply` to this signature; without it, it would work the signature out each time.
+MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+class FiniteGradient(torch.autograd.Function):
+    """Identity whose backward lets NaN and inf pass at kept weights only."""
 
     generate_vmap_rule = True
 
@@ -73,38 +134,27 @@ class MaskGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
-        # In place where nothing else can see it: a weight's gradient comes fresh out of its convolution or product.
-        # A gradient that is itself differentiated, or one that broadcasts, is not ours to write.
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
-            return grad, None
-        return torch.where(mask, grad, 0), None
+        return torch.where(ctx.saved_tensors[0], grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0)), None
 
 
-class MaskTangent(MaskGradient):
-    """The same with forward-mode derivatives (torch.func.jvp, hessian), which torch.compile does not trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return torch.where(ctx.saved_tensors[0], tangents[0], 0)
-
-
-# torch binds the arguments of every `apply` to this signature; without it, it would work the signature out each time.
-MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
+# How a value is used that goes through a mask; a graph names it where it is not a weight as it is.
+PRODUCT = "product"  # the weight, by a product and nothing else: its gradient is fresh
+INNER = "inner"  # the weight, by a computation of another weight from it (standardised, normalised)
+OUTER = "outer"  # the result of that
+BESIDE = "beside"  # another parameter in that, such as the norms of weight normalisation
 
 
 class Mask(Guest):
     """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
 
     The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation
-    applies the mask, so that averaged or tampered weights stay sparse, and so do copies in training until they are attached to
-    an optimizer themselves, since nobody keeps an average masked. While `dense_gradient` is set, training returns the
-    parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed there.
+    applies the mask, so that averaged or tampered weights stay sparse, and so does training until an optimizer is attached,
+    whenever something has written to dropped weights, since nobody keeps those masked. While `dense_gradient` is set,
+    training returns the parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed
+    there.
+
+    A weight that is transformed before use is masked before and after. Where all of what a norm is taken of is dropped, the
+    transformation may divide by 0: what comes back through it as NaN ends here.
 
     Args:
         mask: bool, the shape and strides of its weight.
@@ -118,8 +168,13 @@ class Mask(Guest):
         self.register_buffer("mask", mask)
         self.nonzeros = nonzeros
         self.dense_gradient = False
-        self._looked: tuple[Any, bool] = (None, False)  # a trace of weight and mask, and whether they agreed then
-        self.unattended = False  # a copy, until an optimizer is attached to it
+        self.attended = False  # whether an attached optimizer keeps the weight masked
+        self._looked: tuple[Any, Any, bool] = (
+            None,
+            self._written(),
+            False,
+        )  # traces of weight and mask; whether they agreed
+        self._said = False
 
     @property
     def nonzeros(self) -> int:
@@ -141,41 +196,68 @@ class Mask(Guest):
         """The kept fraction, in (0, 1]."""
         return self.nonzeros / self.mask.numel()
 
-    def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
+    def forward(self, weight: Tensor, role: str | None = None) -> Tensor:
         """Return the weight as its consumer must see it in the current mode.
 
         Args:
-            weight: the parameter, or what was computed from it.
-            transformed: whether it was computed from it (standardised, normalised): nobody keeps such a value masked.
+            weight: the parameter, or what was computed from it or with it.
+            role: PRODUCT, INNER, OUTER or BESIDE, where one of them holds.
         """
-        kept = self.training and not transformed and not self.unattended
+        if role == BESIDE:
+            return self._beside(weight)
+        kept = self.training and role != OUTER and (self.attended or self._is_kept(weight))
         if torch.is_grad_enabled() and self.dense_gradient:  # in this order, so that evaluation is one compiled graph
             if kept:
-                return weight
+                return FiniteGradient.apply(weight, self.mask) if role == INNER else weight
             finite = weight.nan_to_num(0.0, 0.0, 0.0)
             return torch.where(self.mask, weight, finite - finite.detach())  # masked; its gradient is not
         if not kept:
             return torch.where(self.mask, weight, 0)
         function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
-        return function.apply(weight, self.mask)
+        return function.apply(weight, self.mask, role == PRODUCT)
+
+    def _beside(self, other: Tensor) -> Tensor:
+        """Give a parameter that is broadcast over the weight no gradient where everything it meets is dropped."""
+        alive = self.mask
+        for dim, (size, own) in enumerate(zip(other.shape, alive.shape, strict=True)):
+            alive = alive if size == own else alive.any(dim, keepdim=True)
+        function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
+        return function.apply(other, alive, False)
 
     def read(self, weight: Tensor) -> Tensor:
         """Return the weight as Python code must see it that reads it as an attribute.
 
         A view of the parameter wherever that is masked already, so that what the code writes to it is not lost.
         """
-        if self.training or torch.compiler.is_compiling() or not self._is_kept(weight):
+        if self.training or self.dense_gradient or not self._is_kept(weight):
             return self(weight)
-        return MaskTangent.apply(weight, self.mask)
+        return MaskTangent.apply(weight, self.mask, False)
 
     def _is_kept(self, weight: Tensor) -> bool:
-        """Whether dropped weights are 0: looked at once after every write."""
-        if weight.is_meta or weight.is_inference() or is_sharded(weight) or self.dense_gradient:
+        """Whether dropped weights are 0, where that is known without waiting: looked at once after every write."""
+        if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or not weight.is_cpu:
             return False
-        trace = (weight._version, weight.data_ptr(), *self._written())
-        if trace != self._looked[0]:
-            self._looked = trace, not bool((weight.detach() != 0).logical_and_(~self.mask).any())
-        return self._looked[1]
+        return self.look(weight)
+
+    def look(self, weight: nn.Parameter) -> bool:
+        """Tell whether dropped weights are 0, unless it was told since the last write; warn where they are not.
+
+        Where the mask was written too, as by averages that take it over from their model, they become 0. Waits for the device.
+        """
+        if weight.is_meta or weight.is_inference() or is_sharded(weight):
+            return False
+        before, written = self._looked[:2]
+        if before != _trace(weight) or written != self._written():
+            kept = not bool((weight.detach() != 0).logical_and_(~self.mask).any())
+            if not kept and written != self._written():
+                with torch.no_grad():
+                    zero_dropped_(weight, self.mask)
+                kept = True
+            elif not kept and not self._said:
+                self._said = True
+                warnings.warn(_STRAY, stacklevel=2)
+            self._looked = _trace(weight), self._written(), kept
+        return self._looked[2]
 
     def extra_repr(self) -> str:
         """Name the density and the count."""
@@ -183,7 +265,16 @@ class Mask(Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
-        return {**vars(self), "dense_gradient": False, "unattended": True, "_counted": None, "_looked": (None, False)}
+        return {**vars(self), "dense_gradient": False, "attended": False, "_counted": None, "_said": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._looked = None, self._written(), False
+
+
+def _trace(weight: Tensor) -> tuple[int, int]:
+    """Return what changes when a weight is written to: writes in place raise its version, `weight.data = ...` moves it."""
+    return weight._version, weight.data_ptr()
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

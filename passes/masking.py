@@ -7,7 +7,7 @@ transformed before use.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from passes.capture import Capture, called_modules
 from passes.captured import Captured
 from passes.host import Host, container_methods, masked, run_reading
 from passes.kinds import attribute
-from passes.mask import Mask, masks_of
+from passes.mask import BESIDE, INNER, OUTER, PRODUCT, Mask, masks_of
 from passes.operands import Read, reads
 from passes.tracer import is_builtin
 
@@ -35,11 +35,12 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    return F.linear(input, masked(self, "weight"), masked(self, "bias"))
+    return F.linear(input, masked(self, "weight", PRODUCT), masked(self, "bias"))
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    return self._conv_forward(input, masked(self, "weight"), masked(self, "bias"))
+    role = PRODUCT if is_builtin(self) else None  # else _conv_forward may be the user's
+    return self._conv_forward(input, masked(self, "weight", role), masked(self, "bias"))
 
 
 # What runs without reading anything by its attribute: the forward methods of most weights, and what stands for them.
@@ -111,8 +112,8 @@ def mask_weights(model: nn.Module, capture: Capture, masks: Mapping[str, Mask]) 
         hidden = {t for t, leaf in called_modules(module, region.graphs) if _holds_weights(leaf, by_weight)}
         for graph in dict.fromkeys(region.graphs.values()):
             transformed = [read for read in reads(module, graph, region.constants) if read.value]
-            _mask_transformed(module, graph, transformed, by_weight)
-            _mask_reads(module, graph, by_weight)
+            inner = _mask_transformed(module, graph, transformed, by_weight)
+            _mask_reads(module, graph, by_weight, inner)
             for node in [n for n in graph.nodes if n.op == "call_module" and n.target in hidden]:
                 _rename_masked(node, node.name)
     return model
@@ -128,30 +129,53 @@ def _holds_weights(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
 
 def _mask_transformed(
     module: nn.Module, graph: fx.Graph, transformed: list[Read], masks: Mapping[nn.Parameter, Mask]
-) -> None:
+) -> set[fx.Node]:
+    """Mask what is computed from weights, and what it is computed with; return all nodes that it is computed from."""
     paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
     values = {read.value: read.weight for read in transformed if read.value and read.weight in masks}
+    sources = {value: _sources(value) for value in values}
     for value, weight in values.items():
-        users = list(value.users)
-        with graph.inserting_after(value):
-            masked = graph.call_module(f"{paths[weight]}_mask", (value,), {"transformed": True})
-        _rename_masked(masked, value.name)
-        for user in users:
-            user.replace_input_with(value, masked)
+        _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER)
+        for node in sources[value]:
+            other = attribute(module, str(node.target)) if node.op == "get_attr" else None
+            if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):
+                _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE)
+    return set().union(*sources.values())
 
 
-def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask]) -> None:
+def _sources(value: fx.Node) -> set[fx.Node]:
+    """Return the nodes that a value is computed from."""
+    found, open_nodes = set(), [value]
+    while open_nodes:
+        new = set(open_nodes.pop().all_input_nodes) - found
+        found |= new
+        open_nodes += new
+    return found
+
+
+def _is_broadcast(other: Tensor, weight: Tensor) -> bool:
+    sizes = zip(other.shape, weight.shape, strict=True) if other.dim() == weight.dim() else [(0, 1)]
+    return all(size in (1, whole) for size, whole in sizes)
+
+
+def _mask_reads(
+    module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask], inner: Collection[fx.Node]
+) -> None:
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         path, _, attribute = str(node.target).rpartition(".")
         weight = module.get_submodule(path)._parameters.get(attribute)
-        if weight is None or weight not in masks:
-            continue
-        users = list(node.users)
-        with graph.inserting_after(node):
-            masked = graph.call_module(f"{node.target}_mask", (node,))
-        _rename_masked(masked, node.name)
-        for user in users:
-            user.replace_input_with(node, masked)
+        if weight is not None and weight in masks:
+            _insert_mask(graph, node, f"{node.target}_mask", INNER if node in inner else None)
+
+
+def _insert_mask(graph: fx.Graph, node: fx.Node, path: str, role: str | None) -> None:
+    """Let every user of a node read it through a mask."""
+    users = list(node.users)
+    with graph.inserting_after(node):
+        masked = graph.call_module(path, (node,), {"role": role} if role else {})
+    _rename_masked(masked, node.name)
+    for user in users:
+        user.replace_input_with(node, masked)
 
 
 def _rename_masked(node: fx.Node, name: str) -> None:

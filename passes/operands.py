@@ -67,7 +67,7 @@ def reads(module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -
         constants: the tensors that the graph reads and the module does not have (yet), by attribute name.
     """
     derived: dict[fx.Node, _Derived] = {}
-    meta = _OnMeta(module, constants)
+    meta = Computed(module, constants)
     for node in graph.nodes:
         value = _derive(module, node, derived)
         if value is not None:
@@ -83,14 +83,14 @@ def reads(module: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -
 
 
 def _weight_reads(
-    meta: "_OnMeta", node: fx.Node, operand: fx.Node, source: _Derived, op: str, out_dim: int | None
+    meta: "Computed", node: fx.Node, operand: fx.Node, source: _Derived, op: str, out_dim: int | None
 ) -> Iterator[Read]:
     steps = ", ".join(source.through)
     if source.indexed:
         problem = f"table: it is indexed ({steps}) before {op}"
     elif not source.through:
         for weight in source.matrices:
-            yield Read(weight, node, op, out_dim if operand.op == "get_attr" else None)
+            yield Read(weight, node, op, _own_dim(operand, weight, op, out_dim))
         return
     else:
         found = _in_own_shape(meta, operand, source)
@@ -101,6 +101,16 @@ def _weight_reads(
         problem = f"unsupported: it passes through {steps} before {op}, which {what}"
     for weight in source.matrices:
         yield Read(weight, node, op, problem=problem)
+
+
+def _own_dim(operand: fx.Node, weight: nn.Parameter, op: str, out_dim: int | None) -> int | None:
+    """Return the dimension of a weight that is one of an operand: the weight itself, or a matrix transposed."""
+    if out_dim is None or (op == "matmul" and weight.dim() != 2):
+        return None
+    if operand.op == "get_attr":
+        return out_dim
+    transposed = _name(operand) == "t" or (operand.target is getattr and operand.args[1] in ("T", "mT"))
+    return 1 - out_dim if transposed and weight.dim() == 2 and operand.all_input_nodes[0].op == "get_attr" else None
 
 
 def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) -> _Derived | None:
@@ -154,22 +164,21 @@ def _weight_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int | None]]
     if node.target is torch.einsum:
         yield from ((operand, "einsum", None) for operand in node.all_input_nodes)
         return
-    op, positions, out_dim = CONSUMERS.get(node.target) or _python_function(node)
-    if op == "conv_transpose" and (node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)) != 1:
-        out_dim = None  # groups of outputs share its second dimension
-    for name, position in positions.items():
+    op, places = CONSUMERS.get(node.target) or _python_function(node)
+    shared = op == "conv_transpose" and (node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)) != 1
+    for name, (position, out_dim) in places.items():
         operand = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         if isinstance(operand, fx.Node):
-            yield operand, op, out_dim
+            yield operand, op, None if shared else out_dim  # groups of outputs share its second dimension
 
 
-def _python_function(node: fx.Node) -> tuple[str, dict[str, int], int | None]:
+def _python_function(node: fx.Node) -> tuple[str, dict[str, tuple[int, int | None]]]:
     """A function that fx does not look into (torchvision's shifted_window_attention): its arguments named *weight."""
     if not _is_python(node) and node.target is not F.multi_head_attention_forward:
-        return "", {}, None
+        return "", {}
     target: Any = node.target
     names = inspect.signature(target).parameters
-    return target.__name__, {name: i for i, name in enumerate(names) if name.endswith("weight")}, 0
+    return target.__name__, {name: (i, 0) for i, name in enumerate(names) if name.endswith("weight")}
 
 
 def _is_python(node: fx.Node) -> bool:
@@ -202,7 +211,7 @@ def _label(module: nn.Module, node: fx.Node) -> str:
     return type(module.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _name(node)
 
 
-def _in_own_shape(meta: "_OnMeta", operand: fx.Node, source: _Derived) -> list[tuple[nn.Parameter, fx.Node]]:
+def _in_own_shape(meta: "Computed", operand: fx.Node, source: _Derived) -> list[tuple[nn.Parameter, fx.Node]]:
     """Find where a transformed weight has the shape that it was stored in: (weight, node), one where it can be masked."""
     while True:
         try:
@@ -216,15 +225,21 @@ def _in_own_shape(meta: "_OnMeta", operand: fx.Node, source: _Derived) -> list[t
         operand = operand.all_input_nodes[0]
 
 
-class _OnMeta:
-    """Computes values that are derived from parameters alone, without data, each once."""
+class Computed:
+    """Computes values that are derived from parameters alone, each once.
 
-    def __init__(self, module: nn.Module, constants: Mapping[str, Tensor]) -> None:
-        self.module, self.constants = module, constants
+    Args:
+        module: whose graph the nodes are of.
+        constants: tensors that the graph reads, by attribute name, where the module does not have them yet.
+        meta: whether on the meta device, without data.
+    """
+
+    def __init__(self, module: nn.Module, constants: Mapping[str, Tensor] | None = None, meta: bool = True) -> None:
+        self.module, self.constants, self.meta = module, constants or {}, meta
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
-        """Return the value of a node, its tensors on the meta device."""
+        """Return the value of a node."""
         if node not in self._values:
             self._values[node] = self._compute(node)
         return self._values[node]
@@ -235,10 +250,11 @@ class _OnMeta:
             path, _, attribute = target.rpartition(".")
             constant = self.constants.get(target)
             value = getattr(self.module.get_submodule(path), attribute) if constant is None else constant
-            return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+            return torch.empty_like(value, device="meta") if self.meta and isinstance(value, Tensor) else value
         args, kwargs = map_arg((node.args, node.kwargs), self.value)
         if node.op == "call_module":
-            return copy.deepcopy(self.module.get_submodule(target)).to("meta").eval()(*args, **kwargs)
+            called = self.module.get_submodule(target)
+            return (copy.deepcopy(called).to("meta").eval() if self.meta else called)(*args, **kwargs)
         if isinstance(target, str):
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)

@@ -16,7 +16,7 @@ from passes.captured import Captured
 from passes.copies import FORWARD_HOOKS, copied, hooks_of
 from passes.effects import Snapshot, preserve_rng
 from passes.host import Guest
-from passes.mask import Mask, masks_of
+from passes.mask import BESIDE, Mask, masks_of
 from passes.recorder import Operation, Recorder
 
 
@@ -142,8 +142,8 @@ class _Unmasked(Guest):
         super().__init__()
         self.recorder = recorder
 
-    def forward(self, weight: Tensor, transformed: bool = False) -> Tensor:
+    def forward(self, weight: Tensor, role: str | None = None) -> Tensor:
         """Return the weight as it is, as a tensor of its own."""
-        return self.recorder.through_mask(weight)
+        return weight if role == BESIDE else self.recorder.through_mask(weight)
 
     read = forward

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from passes.capture import Capture, called_modules
 from passes.operands import ASK, reads
@@ -117,7 +118,9 @@ def find_sites(
             problem = _resolved(problem, name in multiplied)
         if multiplied is not None and name in multiplied and (not uses or uses[0].op == "python"):
             uses = [Use("", "", multiplied[name], None)]
-        if name in include:
+        if weight.numel() == 0:
+            problem = "it has no elements"
+        elif name in include:
             uses, problem = uses or [Use("", "", "included", None)], ""
         elif not uses or weight.dim() < 2:
             continue
@@ -187,8 +190,12 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
     for path, reason in capture.opaque.items():
         module = model.get_submodule(path)
         multiplied = multiplied_attributes(type(module))
+        known = [(kind, op, names) for kind, op, names in _LEAF_WEIGHTS if isinstance(module, kind)]
         for name, weight in module.named_parameters(recurse=False):
-            if weight.dim() >= 3 and name in multiplied:
+            own = [op for _, op, names in known if any(fnmatch.fnmatchcase(name, n) for n in names)]
+            if own and name in multiplied:  # somebody's own convolution
+                yield weight, Use(path, name, own[0], _out_dim(own[0])), ""
+            elif weight.dim() >= 3 and name in multiplied:
                 yield weight, Use(path, name, "experts" if multiplied[name] else "product", None), ""
             elif weight.dim() >= 2:
                 yield (
@@ -202,7 +209,10 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
     for path, leaf in leaves:
         for weight in _unknown_weights(leaf):
             why = f"torch.nn.{type(leaf).__name__} reads it in its own way, or code outside the graph does{ASK}"
-            if any(module._forward_pre_hooks for module in leaf.modules()):
+            hooks = [hook for module in leaf.modules() for hook in module._forward_pre_hooks.values()]
+            if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+                why = "torch.nn.utils.prune computes with it; make that permanent by torch.nn.utils.prune.remove(module, name)"
+            elif hooks:
                 why = (
                     "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
                 )

@@ -63,9 +63,9 @@ def is_called_whole(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is to run before or after a module, forward or backward."""
+    """Whether something else has a say in a call of this module: before or after it, forward or backward, or instead of it."""
     attributes = vars(module)
-    return any(attributes[hooks] for hooks in HOOKS)
+    return "forward" in attributes or any(attributes[hooks] for hooks in HOOKS)
 
 
 def expect_default(value: Any, default: Any, name: str) -> None:

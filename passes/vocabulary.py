@@ -7,23 +7,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Functions that multiply by a weight: (op, {argument name: position}, dimension of the weight that indexes outputs).
-_CONV = {"weight": 1}
-_MATMUL = {"input": 0, "other": 1, "mat2": 1}
-CONSUMERS: dict[Any, tuple[str, dict[str, int], int | None]] = {
-    F.linear: ("linear", {"weight": 1}, 0),
-    F.bilinear: ("bilinear", {"weight": 2}, 0),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV, 0)),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _CONV, 1)),
+# Functions that multiply by a weight: (op, {argument name: (position, dimension of a matrix there that indexes outputs)}).
+_CONV = {"weight": (1, 0)}
+_TRANSPOSED = {"weight": (1, 1)}
+_MATMUL = {"input": (0, 0), "other": (1, 1), "mat2": (1, 1)}
+_UNKNOWN = {"input": (0, None), "other": (1, None), "a": (0, None), "b": (1, None)}
+CONSUMERS: dict[Any, tuple[str, dict[str, tuple[int, int | None]]]] = {
+    F.linear: ("linear", {"weight": (1, 0)}),
+    F.bilinear: ("bilinear", {"weight": (2, 0)}),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _TRANSPOSED)),
     **dict.fromkeys(
-        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _CONV, 1)
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _TRANSPOSED)
     ),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul), ("matmul", _MATMUL, None)),
-    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), ("matmul", _MATMUL, None)),
-    **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": 1, "mat2": 2}, None)),
-    **dict.fromkeys((torch.baddbmm, torch.addbmm, "baddbmm"), ("matmul", {"batch1": 1, "batch2": 2}, None)),
-    torch.tensordot: ("matmul", {"a": 0, "b": 1}, None),
-    **dict.fromkeys((torch.mv, torch.inner, "mv", "inner"), ("matmul", _MATMUL, None)),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul, torch.mv), ("matmul", _MATMUL)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "mv"), ("matmul", _MATMUL)),
+    **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": (1, 0), "mat2": (2, 1)})),
+    **dict.fromkeys((torch.baddbmm, torch.addbmm, "baddbmm"), ("matmul", {"batch1": (1, 0), "batch2": (2, 1)})),
+    **dict.fromkeys((torch.tensordot, torch.inner, "inner", "__rmatmul__"), ("matmul", _UNKNOWN)),
 }
 
 # Looks at the same elements in another shape or number format, in which 0 stays 0.

@@ -112,14 +112,23 @@ def given_masks(masks: Any) -> dict[str, Tensor]:
     return dict(masks)
 
 
-def check_given(masks: Any, given: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Return the masks of the sites.
+def check_given(
+    masks: Any, given: Mapping[str, Tensor], sites: Sequence[Site], rules: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return the masks of the sites; `rules` says why other weights are dense.
 
     Raises:
         ValueError: at the first mask that does not fit the model, or weight that has none.
     """
     by_name = {site.name: site for site in sites}
     zeros = isinstance(masks, nn.Module) and not masks_of(masks)  # of which embeddings, for one, may have some too
+    for name, why in rules.items() if zeros else ():
+        if why.startswith("unsupported") and name in given and not given[name].all():
+            raise ValueError(
+                f"{name} has zeros, which training would fill, since it cannot be masked: "
+                f"{why.removeprefix('unsupported: ')}. Mask it as it is read with include=[{name!r}], or let it become dense "
+                f"with exclude=[{name!r}]."
+            )
     masks = {name: mask for name, mask in given.items() if name in by_name or not zeros}
     for name, mask in masks.items():
         if name not in by_name:

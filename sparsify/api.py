@@ -22,6 +22,7 @@ from sparsify.checks import (
     as_seed,
     check_budget,
     check_model,
+    check_names,
     check_verification,
     matching,
     matching_paths,
@@ -125,7 +126,7 @@ def sparsify(
     rules = _dense_by_rule(sites, excluded, method)
     candidates = [site for site in sites if site.name not in rules]
     if masks is not None:
-        given = check_given(masks, given, candidates)
+        given = check_given(masks, given, candidates, rules)
         counts = {name: int(mask.sum()) for name, mask in given.items()}
     else:
         if flops is not None:
@@ -133,6 +134,7 @@ def sparsify(
         counts = allocate(candidates, density, distribution, method.layout)
     rules |= {site.name: why_dense(site, density, distribution) for site in candidates if site.name not in counts}
     masked = [site for site in candidates if site.name in counts]
+    check_names(model, [site.name for site in masked])
     goals = {site.name: Goal(counts[site.name], method.layout.unit(site), site.uses[0].out_dim) for site in masked}
     drawn = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
     model = install(mask_weights(model, capture, drawn), capture)
@@ -215,7 +217,8 @@ def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str], method: M
             )
     if len(rules) == len(sites):
         raise ValueError(
-            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}"
+            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}. What multiplies "
+            f"by a weight that it reads itself is masked as it is read with include=[pattern]."
         )
     return rules
 

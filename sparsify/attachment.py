@@ -46,9 +46,9 @@ class Attachment:
         weights = {name: (self.model.get_parameter(name), mask) for name, mask in masks_of(self.model).items()}
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
         for b in self.bound:
-            b.mask.unattended = False
+            b.mask.attended = True
         self._watch_anew()
-        self._watch.before_step()  # whoever initialized the weights anew after sparsify() did not know of masks
+        self._watch.mask_weights()  # whoever initialized the weights anew after sparsify() did not know of masks
 
     def _watch_anew(self) -> None:
         self._watch = Watch(self.optimizer, self.bound)
@@ -56,6 +56,8 @@ class Attachment:
     def remove(self) -> None:
         """Let go of the optimizer."""
         self._set_dense_gradients(False)
+        for b in self.bound:
+            b.mask.attended = False
         for handle in self._handles:
             handle.remove()
 
@@ -99,7 +101,7 @@ class Attachment:
         updates, step = self.updater.method.updates, self.step + 1
         if not self._dense_at(step):
             self._watch.look(step, self._updates_at(self.step), self.updater.trains_with_others())
-        if updates is None or step > updates.steps(self.updater.total_steps)[-1]:
+        if updates is None or step > updates.last(self.updater.total_steps):
             return
         if updates.momentum is not None or updates.dense_gradients == "always":
             for b in self.bound:

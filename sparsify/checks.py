@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from passes.mask import masks_of
 
@@ -41,6 +41,19 @@ def check_model(model: Any) -> None:
         raise ValueError("The model has an attribute 'updater', where sparsify() puts its own. Rename it.")
 
 
+def check_names(model: nn.Module, weights: Iterable[str]) -> None:
+    """Raise unless every weight has room for its mask beside it, in all modules that own it."""
+    shared = {model.get_parameter(name): name for name in weights}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and parameter in shared and hasattr(module, f"{attribute}_mask"):
+                name = shared[parameter]
+                raise ValueError(
+                    f"{path or 'The model'} has an attribute {attribute + '_mask'!r}, where sparsify() puts the mask of {name}. "
+                    f"Rename it, or keep the weight dense with exclude=[{name!r}]."
+                )
+
+
 def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None:
     """Raise unless exactly one of density and flops is given, in range, or none where something else fixes the counts."""
     if fixed and (density is not None or flops is not None):
@@ -55,7 +68,8 @@ def check_budget(density: Any, flops: Any, inputs: Any, fixed: str = "") -> None
         given = [(name, value) for name, value in (("density", density), ("flops", flops)) if value is not None]
     for what, value in given:
         if not is_number(value) or not math.isfinite(value) or not 0 < value <= 1:
-            raise ValueError(f"{what} is {value!r}; it must be a number in (0, 1].")
+            hint = ", as Python has them (density.item())" if isinstance(value, Tensor) else ""
+            raise ValueError(f"{what} is {value!r}; it must be a number in (0, 1]{hint}.")
     if flops is not None and inputs is None:
         raise ValueError("flops needs inputs, such as inputs=(1, 3, 224, 224), to count the dense network by.")
 

@@ -16,7 +16,7 @@ from torch import nn
 from passes.verify import VerificationError
 from sparsify.api import sparsify
 from sparsify.distributions import DISTRIBUTIONS
-from sparsify.files import check_folder
+from sparsify.files import check_folder, replacing
 from sparsify.flops import flop_report
 from sparsify.methods import METHODS
 from sparsify.report import FlopReport
@@ -164,8 +164,8 @@ def _run(options: argparse.Namespace) -> None:
         print(compare(reports))
     if options.json:
         content = {name: report.to_dict() for name, report in reports.items()}
-        with open(options.json, "w") as file:
-            json.dump(content if len(names) > 1 else content[names[0]], file, indent=1)
+        with replacing(options.json) as partial:
+            partial.write_text(json.dumps(content if len(names) > 1 else content[names[0]], indent=1))
 
 
 def _make(model: nn.Module, name: str, shape: tuple[int, ...], options: argparse.Namespace, verify: bool) -> nn.Module:

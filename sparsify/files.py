@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the block a path to write to, and move what it wrote to `path`, at once, when it ends well.
 
-    Whoever reads `path`, even after this process is killed or the machine stops, finds the old file or the new one.
+    Whoever reads `path`, even after this process is killed or the machine stops, finds the old file or the new one. It has
+    the old one's mode, or that of any new file; of a link, the file that it leads to is replaced.
 
     Example:
         >>> import tempfile
@@ -26,11 +28,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> place.read_text(), [p.name for p in place.parent.iterdir()]
         ('whole', ['notes.txt'])
     """
-    place = Path(path)
+    place = Path(os.path.realpath(path))
     check_folder(place)
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = (place if place.exists() else partial).stat().st_mode
         yield partial
+        partial.chmod(stat.S_IMODE(mode))
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, place)

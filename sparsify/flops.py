@@ -193,7 +193,7 @@ _OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
 def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
     masks = masks_of(model)
     updater = updater_of(model)
-    rules = updater.rules if updater else {}
+    rules, goals = (updater.rules, updater.goals) if updater else ({}, {})
     hidden = {w: op for module in model.modules() for _, w, op in leaf_weights(module)}
     rows = []
     for name, weight in model.named_parameters():
@@ -202,7 +202,7 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
         op, dense = macs.get(name, (hidden.get(weight, ""), 0))
         mask = masks.get(name)
         kept = mask.nonzeros if mask else weight.numel()
-        reason = "" if mask else rules.get(name, _why_unknown(model, name))
+        reason = "" if mask else rules.get(name, _why_unknown(model, name, name in macs))
         if "Python" in reason and name not in macs:
             reason = "read by Python code, and no product of it was seen"
         status = "masked" if mask else "unsupported" if reason.startswith("unsupported") else "dense"
@@ -214,24 +214,24 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
                 weight.numel(),
                 kept,
                 dense,
-                dense * kept // weight.numel(),
+                _macs_at(dense, kept, weight.numel(), dense),
                 status,
                 reason.removeprefix("unsupported: "),
-                _dead_outputs(
-                    mask, {"conv_transpose": 1, "grouped conv_transpose": None}.get(hidden.get(weight, ""), 0)
-                ),
+                _dead_outputs(mask, goals[name].out_dim if name in goals else None),
             )
         )
     return rows
 
 
-def _why_unknown(model: nn.Module, name: str) -> str:
+def _why_unknown(model: nn.Module, name: str, used: bool) -> str:
     """Say why a product reads a parameter that `sparsify` neither masked nor ruled out."""
     updater = updater_of(model)
     if updater is None:
         return ""
     if name in updater.replaced:
         return "replaced after sparsify"
+    if not used:
+        return "its layer is not called"
     return "a product reads it that no graph shows as a weight's, or its layer was added after sparsify"
 
 

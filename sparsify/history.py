@@ -53,6 +53,8 @@ class History:
 
 
 _VERSION = 2  # of the layout
+_ROOM = {False: 1024, True: 256}  # entries of the history that there is room for anyway, by whether counts vary
+_CLOCKS = 4  # likewise: as many optimizers
 
 
 @dataclass
@@ -63,7 +65,8 @@ class State:
     of clocks, of counts and of history entries; then the letters, the clocks, the nonzeros, the targets, and for every entry
     of the history its step and its counts. Counts are stored where they differ from those of the entry before: each entry has
     the number of differences, then (index, count) pairs. Zeros at the end leave room for the updates that are to come, so that
-    the size stays the same throughout a run: torch.distributed.checkpoint loads into tensors of the size that was saved.
+    the size stays the same throughout a run, and before `attach` for most: torch.distributed.checkpoint loads into tensors of
+    the size that was saved, and averages are made before and copy entry by entry.
     """
 
     method: str = ""
@@ -83,7 +86,8 @@ class State:
         numbers += [len(letters), len(self.clocks), len(self.nonzeros), len(self.history), *letters]
         numbers += [*self.clocks, *self.nonzeros, *self.targets]
         pairs = 2 * len(self.nonzeros)
-        size = len(numbers) + 2 + pairs + (len(self.history) - 1 + coming) * (2 + pairs * counts_vary)
+        entries = max(len(self.history) + coming, _ROOM[counts_vary])
+        size = len(numbers) + 2 + pairs + (entries - 1) * (2 + pairs * counts_vary) - len(self.clocks) + _CLOCKS
         before = (-1,) * len(self.nonzeros)
         for step, counts in self.history:
             changed = [(i, n) for i, n in enumerate(counts) if n != before[i]] if counts is not before else []

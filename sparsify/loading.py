@@ -21,7 +21,12 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
 
     masks = masks_of(model)
     _check_same_masks(model, {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
-    saved = {name: state_dict[key] for name in masks if (key := f"{prefix}{name}_mask.mask") in state_dict}
+    names = {mask: name for name, mask in masks.items()}
+    saved = {
+        names[mask]: state_dict[key]
+        for path, mask in model.named_modules(remove_duplicate=False)
+        if isinstance(mask, Mask) and mask in names and (key := f"{prefix}{path}.mask") in state_dict
+    }
     for name, mask in saved.items():
         own = masks[name].mask
         if mask.shape != own.shape or mask.dtype != torch.bool:
@@ -78,9 +83,9 @@ def settle_after_load(model: nn.Module, incompatible_keys: Any) -> None:
     if updater is None:
         return
     missing = incompatible_keys.missing_keys
-    alone = any(k.endswith("updater._extra_state") for k in missing) and not any(
-        k.endswith("_mask.mask") for k in missing
-    )
+    masks = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)]
+    loaded = sum(key.endswith("_mask.mask") for key in missing) < len(masks)  # of tied ones perhaps under one name only
+    alone = any(k.endswith("updater._extra_state") for k in missing) and loaded
     if alone and not updater.method.prunes:  # masks without their training: what they keep is the goal from now on
         counts = updater.nonzeros
         updater.goals = {n: replace(goal, target=counts.get(n, goal.target)) for n, goal in updater.goals.items()}
@@ -93,19 +98,26 @@ def changed_schedule(method: Method, step: int, before: int, after: int) -> str:
     if (updates := method.updates) is None:
         return text
     old, new = updates.steps(before), updates.steps(after)
-    ends = f"The last update moves from step {old[-1] if old else 0} to {new[-1]}"
+    ends = f"The last update moves from step {updates.last(before)} to {updates.last(after)}"
     coming = next((t for t in new if t > step), None)
     if coming is None:
         return f"{text} {ends}: none is left."
+    if not old:
+        return f"{text} {ends}; the next one is at step {coming}."
     amounts = [updates.amount(min(coming, total), total) for total in (before, after)]
     what = "share of the final sparsity" if method.prunes else "drop fraction"
     return f"{text} {ends}, and the {what} at the next one, step {coming}, from {amounts[0]:.3g} to {amounts[1]:.3g}."
 
 
 def _check_same_masks(model: nn.Module, keys: set[str]) -> None:
+    """Raise if a state_dict has masks for other weights. Of tied ones, the name of one is enough: some files store no more."""
     found = {key for key in keys if key.endswith("_mask.mask")}
-    expected = {f"{n}.mask" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)}
-    if found and (different := sorted(found ^ expected)):
+    own: dict[str, Mask] = {
+        f"{n}.mask": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)
+    }
+    there = {own[key] for key in found & own.keys()}
+    different = sorted((found - own.keys()) | {key for key, mask in own.items() if mask not in there})
+    if found and different:
         name, where = different[0].removesuffix("_mask.mask"), "state_dict" if different[0] in found else "model"
         raise ValueError(
             f"The state_dict masks other weights than the model does; the first is {name}, masked in the {where} only. "

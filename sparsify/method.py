@@ -40,10 +40,17 @@ class Updates:
         """Tell whether an update is taken instead of the optimizer's step."""
         return self.dense_gradients == "updates"
 
+    def last(self, total_steps: int) -> int:
+        """Return the step of the last update; 0 where a run is too short for any."""
+        return (self.steps(total_steps) or (0,))[-1]
+
     def dense_at(self, step: int, total_steps: int) -> bool:
         """Tell whether this step computes gradients of dropped weights too."""
-        steps = self.steps(total_steps)
-        return step in steps if self.replaces_step() else self.dense_gradients == "always" and 0 < step <= steps[-1]
+        return (
+            step in self.steps(total_steps)
+            if self.replaces_step()
+            else self.dense_gradients == "always" and 0 < step <= self.last(total_steps)
+        )
 
 
 @dataclass(frozen=True)

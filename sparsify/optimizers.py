@@ -3,7 +3,7 @@
 Nothing is patched: hooks are the official ones, and what an optimizer keeps per weight is recognised by its shape.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,23 +45,68 @@ def group_sizes(optimizer: Optimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
 
 
-def state_tensors(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
-    """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape.
-
-    Some leave that to an optimizer of their own (ZeroRedundancyOptimizer, Lookahead).
-    """
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    for holder in (optimizer, *inner):
-        for value in holder.state.get(weight, {}).values():
+def state_tensors(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """Yield what an optimizer keeps for each element of a weight: every state tensor of its shape, after its name."""
+    for holder in _holders(optimizer):
+        for key, value in holder.state.get(weight, {}).items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                yield value
+                yield key, value
+
+
+def _holders(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those that it leaves state to (ZeroRedundancyOptimizer, Lookahead)."""
+    return [optimizer, *(value for value in vars(optimizer).values() if isinstance(value, Optimizer))]
+
+
+def first_states(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, float]]:
+    """Return what an optimizer gives each element of a new parameter where that is not 0, for every parameter it trains.
+
+    Rprop begins with a step size, Adagrad with an accumulator. A fresh optimizer of the same class and options is asked.
+    """
+    found: dict[nn.Parameter, dict[str, float]] = {}
+    for holder in _holders(optimizer):
+        for group in holder.param_groups:
+            answers = {p.dtype: {} for p in group["params"]}
+            answers = {dtype: _first_state(type(holder), holder.defaults.keys(), group, dtype) for dtype in answers}
+            found |= {p: answers[p.dtype] for p in group["params"] if answers[p.dtype]}
+    return found
+
+
+def _first_state(kind: Any, names: Collection[str], group: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
+    """Ask on the CPU, so that a device is waited for only where a rate on it matters.
+
+    What an optimizer begins with shows after a step of a weight of 0 with a gradient of 0. One that cannot be made from a
+    group's options, or asks for more than a gradient, is taken to begin with 0, as nearly all do.
+    """
+    options = {k: group[k] for k in names if k in group} | {k: v for k, v in _ON_CPU.items() if k in names}
+    rates = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+    state = _after_one_step(kind, options | dict.fromkeys(rates, 0.5), dtype)
+    return _after_one_step(kind, options | {k: v.cpu() for k, v in rates.items()}, dtype) if rates and state else state
+
+
+_ON_CPU = {"fused": None, "foreign": None, "capturable": False}
+
+
+def _after_one_step(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
+    probe = nn.Parameter(torch.zeros(1, 1, dtype=dtype))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        optimizer = kind([probe], **options)
+        optimizer.step()
+        state = optimizer.state[probe].items()
+        return {k: float(v) for k, v in state if isinstance(v, Tensor) and v.shape == probe.shape and v.any()}
+    except Exception:
+        return {}
 
 
 def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
     """Return the gradient of a weight as the loss has it: a fused optimizer under GradScaler still holds it scaled."""
     gradient = weight.grad if weight.grad is not None else _SKIPPED.get(optimizer, {}).get(weight)
+    if gradient is None:
+        return None
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
     scale = getattr(optimizer, "grad_scale", None)
-    return gradient if gradient is None or scale is None else gradient / scale
+    return gradient if scale is None else gradient / scale
 
 
 def is_idle(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sparsify.files import replacing
 
 if TYPE_CHECKING:
     from sparsify.report import FlopReport
@@ -35,4 +38,5 @@ def plot_report(report: FlopReport, path: str) -> None:
     macs.set(ylabel="MACs", xticks=positions)
     macs.set_xticklabels([layer.name.removesuffix(".weight") for layer in layers], rotation=90, fontsize=7)
     macs.legend()
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix.removeprefix(".") or None)

@@ -61,12 +61,13 @@ class Readings(Guest):
         updates = self.method.updates
         if not self.method.prunes or updates is None:
             return True
-        return self._total_steps > 0 and self.step >= updates.steps(self._total_steps)[-1]
+        return self._total_steps > 0 and self.step >= updates.last(self._total_steps)
 
     @property
     def replaced(self) -> tuple[str, ...]:
         """The weights that were masked once and whose layer has been replaced since; the new layer is dense."""
-        return tuple(name for name in self.goals if name not in masks_of(self._model[0]))
+        masks = masks_of(self._model[0])
+        return tuple(name for name in self.goals if name not in masks)
 
     @property
     def step(self) -> int:

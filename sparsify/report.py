@@ -155,5 +155,8 @@ def _cells(layer: Layer) -> tuple[Any, ...]:
 
 def _short(number: float) -> str:
     """Return a number with three digits after the point and a decimal prefix: 4089184256 is "4.089 G"."""
-    thousands = (len(str(int(number))) - 1) // 3
-    return f"{number / 1000**thousands:.3f} {['', 'k', 'M', 'G', 'T', 'P'][thousands]}"
+    thousands = min((len(str(int(number))) - 1) // 3, len(_PREFIXES) - 1)
+    return f"{number / 1000**thousands:.3f} {_PREFIXES[thousands]}"
+
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y", "R", "Q")

@@ -11,14 +11,15 @@ from passes.narrow import Narrowable, Narrowing
 from sparsify.flops import arguments_of
 
 _TRIALS = 12  # bisections, each a walk over the graph on meta tensors
+_STRETCH = 8  # a size grows by 1 / 8 of itself at most, to use what scaling all of them leaves of the budget
 _CLOSE = 0.995  # of the budget
 
 
 def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
     """Return the network of the same architecture whose channels are scaled down to a share of the parameters.
 
-    All sizes shrink by one factor, through residuals, groups and concatenations; inputs and outputs of the whole stay, and
-    attention keeps its heads. Weights are those of the model, thinned out evenly and rescaled to their fan-in.
+    All sizes shrink by one factor, through residuals, groups and concatenations, and some a little less, where whole numbers
+    of channels would leave much of the budget; inputs and outputs of the whole stay, and attention keeps its heads. Weights are those of the model, thinned out evenly and rescaled to their fan-in.
 
     Args:
         model: a dense module that fx traces whole, on any device.
@@ -50,7 +51,7 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
     narrowable = Narrowable(model, copy.copy(args))
     budget = density * sum(p.numel() for p in model.parameters())
     low, high = 0.0, 1.0
-    best = _at(narrowable, low)
+    best = narrowable.narrowing(_scaled(narrowable, low).__getitem__)
     if best.count(model) > budget:
         raise ValueError(
             f"density={density!r} is too low: with one channel for each it takes, {type(model).__name__} still has "
@@ -58,21 +59,47 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
         )
     for i in range(_TRIALS):
         middle = (low + high) / 2 if i else density**0.5  # most parameters lie between two scaled sizes
-        trial = _at(narrowable, middle)
+        trial = narrowable.narrowing(_scaled(narrowable, middle).__getitem__)
         if trial.count(model) <= budget:
             low, best = middle, trial
             if best.count(model) >= _CLOSE * budget:
                 break
         else:
             high = middle
-    return narrowable.apply(best)
+    return narrowable.apply(_stretched(narrowable, _scaled(narrowable, low), best, budget))
 
 
-def _at(narrowable: Narrowable, scale: float) -> Narrowing:
-    """Scale every size, rounded to the multiple that its groups or heads need."""
+def _scaled(narrowable: Narrowable, scale: float) -> dict[int, int]:
+    """Scale every size, rounded to the multiple that its groups or heads need: {size: new size}."""
+    return {
+        size: max(1, math.floor(scale * size / multiple + 0.5)) * multiple
+        for size, multiple in narrowable.sizes.items()
+    }
 
-    def width(size: int) -> int:
-        multiple = narrowable.sizes[size]
-        return max(1, math.floor(scale * size / multiple + 0.5)) * multiple
 
-    return narrowable.narrowing(width)
+def _stretched(narrowable: Narrowable, widths: dict[int, int], best: Narrowing, budget: float) -> Narrowing:
+    """Let sizes grow one after the other, the largest first, while parameters are left of the budget."""
+    model, count = narrowable.model, best.count(narrowable.model)
+    for size in sorted(widths, reverse=True):
+        step, width = narrowable.sizes[size], widths[size]
+        if count >= _CLOSE * budget:
+            break
+        if width == size or (one := _try(narrowable, widths | {size: width + step})) is None:
+            continue
+        cost = max(1, one.count(model) - count)  # of one step; more of them cost a little more each
+        fit = min(int(budget - count) // cost, max(1, width // step // _STRETCH), (size - width) // step)
+        while fit:
+            trial = one if fit == 1 else _try(narrowable, widths | {size: width + fit * step})
+            if trial and trial.count(model) <= budget:
+                best, count, widths = trial, trial.count(model), widths | {size: width + fit * step}
+                break
+            fit = fit * 9 // 10
+    return best
+
+
+def _try(narrowable: Narrowable, widths: dict[int, int]) -> Narrowing | None:
+    """Narrow to some widths, unless sizes that belong together no longer fit."""
+    try:
+        return narrowable.narrowing(widths.__getitem__)
+    except ValueError:
+        return None

@@ -13,7 +13,7 @@ from torch import Tensor
 Elementwise = Callable[[Tensor], Tensor]
 
 _SAMPLES = 8192  # enough to bracket a threshold within about 1% of a layer
-_CHUNK = 1 << 18  # elements: what one chunk needs besides its input stays in the cache
+_CHUNK = 1 << 15  # elements: what one chunk needs stays in the cache, and torch starts no threads of its own for it
 
 
 def select(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
@@ -116,10 +116,16 @@ def drop_and_grow(leaving: Tensor, coming: Tensor | None, mask: Tensor, drop: in
         >>> drop_and_grow(weight, grad, weight != 0, 1, 1)
         tensor([ True, False,  True,  True, False])
     """
-    kept = select(leaving, lowest, drop, among=mask).logical_xor_(mask)  # the mask without what is dropped
+    kept = _unlike(select(leaving, lowest, drop, among=mask), mask)  # the mask without what is dropped
     if coming is None or not grow:
         return kept
-    return kept.logical_or_(select(coming, torch.abs, grow, among=~kept))
+    free = torch.from_numpy(~kept.numpy()) if kept.is_cpu else ~kept
+    return _unlike(kept, select(coming, torch.abs, grow, among=free))
+
+
+def _unlike(a: Tensor, b: Tensor) -> Tensor:
+    """Return where two masks differ; on the CPU in this thread alone, as `select` works."""
+    return torch.from_numpy(a.numpy() ^ b.numpy()) if a.is_cpu else a ^ b
 
 
 def lowest(tensor: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from passes.mask import Mask, zero_dropped_
 from passes.shards import is_sharded, local, own_part, whole
 from sparsify import optimizers as opt
+from sparsify.layouts import ELEMENTS
 from sparsify.method import Method, Updates
 from sparsify.scores import LayerState, evaluate
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def update_layers(
         method: whose plan, scores and layout decide.
         layers: the weights with what is to be seen of them.
         amount: what the plan is told.
-        optimizer: whose state at dropped and newly grown positions becomes 0.
+        optimizer: whose state becomes 0 at dropped positions, and what a new parameter gets at newly grown ones.
         skipped: counts the updates that did not happen, on the device; int64, no dimension.
 
     Returns:
@@ -61,7 +60,7 @@ def update_layers(
     if not layers:
         return True
     states = [state for _, state in layers]
-    finite = _all_finite([tensor for state in states for tensor in _deciding(state)], skipped.device)
+    finite = _all_finite((tensor for state in states for tensor in _deciding(state)), skipped.device)
     skipped += ~finite
     host_knows = updates.counts_vary or finite.device.type == "cpu"  # where asking does not wait
     if host_knows and not bool(finite):
@@ -70,8 +69,9 @@ def update_layers(
     if not updates.counts_vary and any(drop != grow for drop, grow in plan):
         raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
     changes = [Change(b, state, *counts) for (b, state), counts in zip(layers, plan, strict=True) if any(counts)]
-    masks = _each_layer(functools.partial(_decide, method), changes)  # all of them before any weight changes
-    _each_layer(functools.partial(_apply, method, optimizer, finite), changes, masks)
+    begins = opt.first_states(optimizer)
+    for change, mask in zip(changes, _decide_all(method, changes), strict=True):
+        _apply(method, optimizer, begins.get(change.bound.weight, {}), finite, change, mask)
     return True
 
 
@@ -87,30 +87,46 @@ def observe(updates: Updates, bound: Bound, average: Tensor | None, optimizer: O
         zero_dropped_(bound.weight.grad, bound.mask.mask)
 
 
-def _deciding(state: LayerState) -> list[Tensor]:
-    """Return what shows that something is not finite: the gradient, which weights that are not make so too, or the others."""
-    if state.gradient is not None:
-        return [state.gradient]
-    return [t for t in (state.momentum, state.weight) if t is not None]
+def _deciding(state: LayerState) -> Iterator[Tensor]:
+    """Yield what shows that something is not finite: the gradient, which weights that are not make so too, or the others.
+
+    One after the other: what is sharded is gathered for it.
+    """
+    if (gradient := state.gradient) is not None:
+        yield gradient
+        return
+    if (momentum := state.momentum) is not None:
+        yield momentum
+        del momentum
+    yield state.weight
 
 
-def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Tell on the device whether all is free of NaN and inf, as a bool tensor of no dimension."""
     # Minimum and maximum propagate NaN, and read each tensor once.
     extremes = [extreme.to(device) for tensor in tensors for extreme in tensor.aminmax()]
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
-def _each_layer(function: Callable[..., T], changes: Sequence[Change], *more: Sequence[Any]) -> list[T]:
-    """Run a function of independent layers: side by side on the CPU, largest first; one after the other where they wait
-    for a device or for other ranks.
+def _decide_all(method: Method, changes: Sequence[Change]) -> list[Tensor]:
+    """Return the masks that layers are to have, before any of them changes.
+
+    Scores, which may be anybody's functions and draw random numbers, are evaluated here, largest layer first. On the CPU numpy
+    selects side by side meanwhile; torch has threads of its own, and waits for devices and for other ranks.
     """
-    calls = list(zip(changes, *more, strict=True))
-    if not all(c.bound.mask.mask.device.type == "cpu" and not is_sharded(c.bound.weight) for c in changes):
-        return [function(*call) for call in calls]
-    pool, order = _workers(os.getpid()), sorted(range(len(calls)), key=lambda i: -changes[i].state.mask.numel())
-    futures = {i: pool.submit(function, *calls[i]) for i in order}
-    return [futures[i].result() for i in range(len(calls))]
+    order = sorted(range(len(changes)), key=lambda i: -changes[i].state.mask.numel())
+    aside = method.layout is ELEMENTS and all(
+        c.bound.mask.mask.is_cpu and not is_sharded(c.bound.weight) for c in changes
+    )
+    run = _workers(os.getpid()).submit if aside else _at_once
+    found = {i: run(method.layout.exchange, *_scores(method, changes[i])) for i in order}
+    return [found[i].result() for i in range(len(changes))]
+
+
+def _at_once(function: Callable[..., Tensor], *args: Any) -> Future[Tensor]:
+    future = Future()
+    future.set_result(function(*args))
+    return future
 
 
 @functools.cache
@@ -120,18 +136,19 @@ def _workers(process: int) -> ThreadPoolExecutor:
 
 
 @torch.no_grad()
-def _decide(method: Method, change: Change) -> Tensor:
-    """Return the mask that a layer is to have."""
+def _scores(method: Method, change: Change) -> tuple[LayerState, Tensor, Tensor | None, int, int]:
     updates, state = method.updates, change.state
     assert updates is not None
     leaving = evaluate(updates.drop_score, state, state.mask)
     coming = evaluate(updates.growth_score, state, ~state.mask) if change.grow else None
-    return method.layout.exchange(state, leaving, coming, change.drop, change.grow)
+    return state, leaving.detach(), None if coming is None else coming.detach(), change.drop, change.grow
 
 
 @torch.no_grad()
-def _apply(method: Method, optimizer: Optimizer, finite: Tensor, change: Change, new: Tensor) -> None:
-    """Update one mask; then weight and optimizer state wherever it changed."""
+def _apply(
+    method: Method, optimizer: Optimizer, begins: Mapping[str, float], finite: Tensor, change: Change, new: Tensor
+) -> None:
+    """Update one mask; then weight and optimizer state wherever it changed: new weights begin as they do in the optimizer."""
     updates, state, mask, weight = method.updates, change.state, change.bound.mask, change.bound.weight
     assert updates is not None
     changed = mask.mask.logical_xor(new)
@@ -143,8 +160,10 @@ def _apply(method: Method, optimizer: Optimizer, finite: Tensor, change: Change,
         _fill(weight, grown, changed & mask.mask)
     mask.nonzeros = state.nonzeros + change.grow - change.drop if method.layout.exact else int(mask.mask.sum())
     unchanged = changed.logical_not_()
-    for kept in opt.state_tensors(optimizer, weight):
+    for key, kept in opt.state_tensors(optimizer, weight):
         zero_dropped_(kept, unchanged)
+        if key in begins:
+            local(kept).masked_fill_(own_part(~unchanged & mask.mask, kept), begins[key])
 
 
 def _fill(weight: Tensor, values: Tensor, where: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from passes.mask import masks_of
 from sparsify import ranks
 from sparsify.attaching import check_attach
 from sparsify.attachment import Attachment
@@ -19,6 +20,12 @@ from sparsify.history import History, State
 from sparsify.loading import changed_schedule, check_before_load, settle_after_load
 from sparsify.method import Goal, Method
 from sparsify.readings import Readings
+
+
+_SHARED = (
+    "The masks are in shared memory. One process may train the model and others may use it, but processes that all train it "
+    "(Hogwild) would each change the masks: let each have a model of its own, and DistributedDataParallel keep them equal."
+)
 
 
 class Updater(Readings):
@@ -103,6 +110,8 @@ class Updater(Readings):
             self._history = History(self.goals)
             self.record(0)
         self.renew()
+        if any(mask.is_cpu and mask.is_shared() for mask in self.masks.values()):
+            warnings.warn(_SHARED, stacklevel=2)
         for name in self.replaced:
             warnings.warn(
                 f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.",
@@ -175,6 +184,27 @@ class Updater(Readings):
         """Return the moving average of a weight's gradient, if the method keeps one."""
         return self._buffers.get(_momentum_of(name))
 
+    def train(self, mode: bool = True) -> "Updater":
+        """Set the mode, and look after a copy that averages may have written to."""
+        self.settle()
+        return super().train(mode)
+
+    def settle(self) -> None:
+        """Look after the masks that no attached optimizer keeps: see whether something wrote past them, or averaged them."""
+        model = self._model[0]
+        masks = {name: mask for name, mask in masks_of(model).items() if not mask.attended and not mask.mask.is_meta}
+        for name, mask in masks.items():
+            mask.look(model.get_parameter(name))
+        counts = {name: (mask.nonzeros, self.goals[name].target) for name, mask in masks.items() if name in self.goals}
+        averaged = [name for name, (count, target) in counts.items() if count != target]
+        if averaged and not self.method.counts_vary():
+            count, target = counts[averaged[0]]
+            warnings.warn(
+                f"The mask of {averaged[0]} keeps {count} weights and should keep {target}: it was written to, or averaged "
+                f"(AveragedModel does that with use_buffers=True; with False it copies masks, and they stay as sparse).",
+                stacklevel=3,
+            )
+
     def record(self, step: int) -> None:
         """Enter the counts after an update into the history."""
         self._history.record(step, self.nonzeros)
@@ -193,6 +223,7 @@ class Updater(Readings):
 
     def get_extra_state(self) -> Tensor:
         """Return schedule, steps, counts and history as one CPU tensor, so that every tool that reads a `state_dict` can."""
+        self.settle()
         targets, nonzeros = [goal.target for goal in self.goals.values()], self.nonzeros
         state = State(
             self.method.name,

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from passes.captured import Captured
 from passes.macs import count
-from passes.mask import Mask, masks_of
+from passes.mask import BESIDE, Mask, masks_of
 from passes.shapes import record
 from sparsify.files import replacing
 from sparsify.flops import arguments_of
@@ -41,7 +41,9 @@ def _views(model: nn.Module, inputs: Any) -> list[NodeView]:
     views = []
     for region, module in model.named_modules():
         if isinstance(module, Captured):
-            masks = {f"{name}_mask": (name, mask) for name, mask in masks_of(module).items()}
+            names = {mask: name for name, mask in masks_of(module).items()}
+            inside = module.named_modules(remove_duplicate=False)  # tied weights have several paths
+            masks = {path: (names[m], m) for path, m in inside if isinstance(m, Mask) and m in names}
             for node in module.graph.nodes:
                 views.append(_view(node, region, masks, macs[region, node.name] if inputs is not None else None))
     if not views:
@@ -51,7 +53,7 @@ def _views(model: nn.Module, inputs: Any) -> list[NodeView]:
 
 def _view(node: fx.Node, region: str, masks: dict[str, tuple[str, Mask]], macs: int | None) -> NodeView:
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    inside = node.op == "call_module"
+    inside = node.op == "call_module" and node.kwargs.get("role") != BESIDE
     used = [m for path, m in masks.items() if inside and (path == target or path.startswith(f"{target}."))]
     shapes = ", ".join("x".join(map(str, mask.mask.shape)) for _, mask in used)
     densities = ", ".join(f"{mask.density:.4f}" for _, mask in used)

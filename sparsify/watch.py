@@ -31,15 +31,24 @@ class Watch:
     def before_step(self) -> None:
         """Mask the weights that something wrote to since the last step, and all state at first.
 
+        State is masked no earlier: it may have been loaded before the masks it belongs to.
+        """
+        self.mask_weights()
+        if self.fresh and not opt.stands_still(self.optimizer):
+            for b in self.bound:
+                for _, tensor in opt.state_tensors(self.optimizer, b.weight):
+                    zero_dropped_(tensor, b.mask.mask)
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        """Mask the weights that something wrote to since the last step.
+
         Writes through `weight.data` leave no trace; the next look at the gradients masks those.
         """
         traces = [_trace(b) for b in self.bound]
         for b, trace, last in zip(self.bound, traces, self._traces or [None] * len(traces), strict=True):
             if trace != last:
                 zero_dropped_(b.weight, b.mask.mask)
-            if self.fresh and not opt.stands_still(self.optimizer):
-                for tensor in opt.state_tensors(self.optimizer, b.weight):
-                    zero_dropped_(tensor, b.mask.mask)
 
     @torch.no_grad()
     def look(self, step: int, updated: bool, with_others: bool) -> None:

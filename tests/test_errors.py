@@ -97,10 +97,6 @@ def test_bad_models() -> None:
     with pytest.raises(ValueError, match="no captured graph"):
         graph_table(SmallNet())
     taken = SmallNet()
-    taken.graph = 3
-    with pytest.raises(ValueError, match=r"needs for itself: graph\. Rename"):
-        sparsify(taken, 0.5)
-    taken = SmallNet()
     taken.updater = 3
     with pytest.raises(ValueError, match="attribute 'updater'"):
         sparsify(taken, 0.5)
