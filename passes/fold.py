@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from passes.capture import GRAPH_STATE
 from passes.captured import Captured, user_class
-from passes.mask import OUTER, Mask, zero_dropped_weights_
+from passes.mask import OUTER, Mask, masks_of, zero_dropped_weights_
 from passes.masking import Masked, leaf_class
 from passes.operands import Computed
 
@@ -41,7 +41,7 @@ def fold_(model: nn.Module) -> nn.Module:
     for (owner, name), mask in kept.items():
         owner.register_buffer(name, mask)
     for (owner, name), mask in baked.items():
-        cls = type(owner)  # of which torch deletes the attribute, and which all copies share
+        cls: Any = type(owner)  # of which torch deletes the attribute, and which all copies share
         _set_class(owner, type(cls.__name__, cls.__bases__, dict(vars(cls))))
         parametrize.remove_parametrizations(owner, name)
         weight = owner.get_parameter(name)
@@ -49,6 +49,18 @@ def fold_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.training = modes.get(module, module.training)
     return model
+
+
+def transformed_weights(model: nn.Module) -> list[str]:
+    """List the masked weights of which the model uses something else that is not 0 where they are: no dense model does."""
+    names = {mask: name for name, mask in masks_of(model).items()}
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = False
+    found = [names[m] for module in model.modules() if isinstance(module, Captured) for m in _needed(module).values()]
+    for module, mode in modes.items():
+        module.training = mode
+    return sorted(set(found))
 
 
 @torch.no_grad()

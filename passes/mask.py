@@ -73,8 +73,8 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
 
 _STRAY = (
     "Dropped weights were written to, past their mask, which goes on hiding them. If a training loop averages the floating "
-    "entries of a state_dict, let it copy the masks too (all entries; torch.optim.swa_utils.AveragedModel does); if an optimizer "
-    "trains this model, attach it: model.updater.attach(optimizer, total_steps=...)."
+    "entries of a state_dict, let it copy the masks too (all entries; torch.optim.swa_utils.AveragedModel does); if an "
+    "optimizer trains this model, attach it: model.updater.attach(optimizer, total_steps=...)."
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.captured import Captured
@@ -159,11 +160,10 @@ class _Interpreter(fx.Interpreter):
 
 def _thawed(value: Any) -> Any:
     """Return fx's immutable containers as plain ones, which generated code passes and functions may write to."""
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {k: _thawed(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(_thawed(v) for v in value)
+    if isinstance(value, immutable_list) or type(value) is tuple:  # and no named one, such as torch.topk returns
+        return (list if isinstance(value, list) else tuple)(_thawed(v) for v in value)
     return value
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+_Places = dict[str, tuple[int, int | None]]
+
 # Functions that multiply by a weight: (op, {argument name: (position, dimension of a matrix there that indexes outputs)}).
-_CONV = {"weight": (1, 0)}
-_TRANSPOSED = {"weight": (1, 1)}
-_MATMUL = {"input": (0, 0), "other": (1, 1), "mat2": (1, 1)}
-_UNKNOWN = {"input": (0, None), "other": (1, None), "a": (0, None), "b": (1, None)}
-CONSUMERS: dict[Any, tuple[str, dict[str, tuple[int, int | None]]]] = {
+_CONV: _Places = {"weight": (1, 0)}
+_TRANSPOSED: _Places = {"weight": (1, 1)}
+_MATMUL: _Places = {"input": (0, 0), "other": (1, 1), "mat2": (1, 1)}
+_UNKNOWN: _Places = {"input": (0, None), "other": (1, None), "a": (0, None), "b": (1, None)}
+CONSUMERS: dict[Any, tuple[str, _Places]] = {
     F.linear: ("linear", {"weight": (1, 0)}),
     F.bilinear: ("bilinear", {"weight": (2, 0)}),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV)),

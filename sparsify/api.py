@@ -217,8 +217,8 @@ def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str], method: M
             )
     if len(rules) == len(sites):
         raise ValueError(
-            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}. What multiplies "
-            f"by a weight that it reads itself is masked as it is read with include=[pattern]."
+            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}. To mask a "
+            f"weight as it is read, whatever reads it, name it in include=[...]."
         )
     return rules
 

@@ -133,7 +133,9 @@ class Attachment:
         method = self.updater.method
         assert method.updates is not None
         check_bound(self.model, self.bound)
-        layers = [(b, state) for b in self.bound if (state := self._state(b, step))]
+        frozen = opt.stands(self.optimizer)
+        moving = [b for b in self.bound if b.weight.requires_grad and b.weight not in frozen]
+        layers = [(b, state) for b in moving if (state := self._state(b, step))]
         amount = method.updates.amount(step, self.updater.total_steps)
         done = update_layers(method, layers, amount, self.optimizer, self.updater.skipped)
         if done:
@@ -144,8 +146,6 @@ class Attachment:
         """Return what the update sees of a weight; None if there is nothing to change or to go by."""
         method, goal, mask = self.updater.method, self.updater.goals[b.name], b.mask
         assert method.updates is not None
-        if not b.weight.requires_grad:
-            return None
         if goal.target == mask.mask.numel() and not method.prunes:  # which may prune by one threshold for all layers
             return None
         gradient = None

@@ -49,8 +49,8 @@ def check_names(model: nn.Module, weights: Iterable[str]) -> None:
             if parameter is not None and parameter in shared and hasattr(module, f"{attribute}_mask"):
                 name = shared[parameter]
                 raise ValueError(
-                    f"{path or 'The model'} has an attribute {attribute + '_mask'!r}, where sparsify() puts the mask of {name}. "
-                    f"Rename it, or keep the weight dense with exclude=[{name!r}]."
+                    f"{path or 'The model'} has an attribute {attribute + '_mask'!r}, where sparsify() puts the mask of "
+                    f"{name}. Rename it, or keep the weight dense with exclude=[{name!r}]."
                 )
 
 

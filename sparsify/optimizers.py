@@ -75,26 +75,41 @@ def first_states(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, float]]:
 def _first_state(kind: Any, names: Collection[str], group: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
     """Ask on the CPU, so that a device is waited for only where a rate on it matters.
 
-    What an optimizer begins with shows after a step of a weight of 0 with a gradient of 0. One that cannot be made from a
-    group's options, or asks for more than a gradient, is taken to begin with 0, as nearly all do.
+    What an optimizer begins with shows in its first step. One that cannot be made from a group's options, or asks for more
+    than a gradient, is taken to begin with 0, as nearly all do.
     """
     options = {k: group[k] for k in names if k in group} | {k: v for k, v in _ON_CPU.items() if k in names}
     rates = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
-    state = _after_one_step(kind, options | dict.fromkeys(rates, 0.5), dtype)
-    return _after_one_step(kind, options | {k: v.cpu() for k, v in rates.items()}, dtype) if rates and state else state
+    state = _begins(kind, options | dict.fromkeys(rates, 0.5), dtype)
+    return _begins(kind, options | {k: v.cpu() for k, v in rates.items()}, dtype) if rates and state else state
 
 
 _ON_CPU = {"fused": None, "foreign": None, "capturable": False}
 
 
-def _after_one_step(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
+class _First(dict[str, Any]):
+    """State of one parameter that remembers what its entries were at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.first.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+        super().__setitem__(key, value)
+
+
+def _begins(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
     probe = nn.Parameter(torch.zeros(1, 1, dtype=dtype))
     probe.grad = torch.zeros_like(probe)
     try:
-        optimizer = kind([probe], **options)
+        optimizer, state = kind([probe], **options), _First()
+        for key, value in optimizer.state[probe].items():  # of Adagrad, which does not wait for the first step
+            state[key] = value
+        optimizer.state[probe] = state
         optimizer.step()
-        state = optimizer.state[probe].items()
-        return {k: float(v) for k, v in state if isinstance(v, Tensor) and v.shape == probe.shape and v.any()}
+        first = state.first.items()
+        return {k: float(v) for k, v in first if isinstance(v, Tensor) and v.shape == probe.shape and v.any()}
     except Exception:
         return {}
 
@@ -109,6 +124,16 @@ def dense_gradient(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
     return gradient if scale is None else gradient / scale
 
 
+def stands(optimizer: Optimizer) -> set[nn.Parameter]:
+    """Return the parameters of groups that a learning rate of 0 freezes while others train, as far as the host knows."""
+    still = [group for group in optimizer.param_groups if _is_zero(group.get("lr"))]
+    return {p for group in still for p in group["params"]} if len(still) < len(optimizer.param_groups) else set()
+
+
+def _is_zero(rate: Any) -> bool:
+    return rate is not None and not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
+
+
 def is_idle(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether a step is none of training, as far as the host knows without waiting.
 
@@ -121,8 +146,7 @@ def is_idle(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         return True
     if _closure(args, kwargs) is not None:
         return False
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+    if not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
         return False
     gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
     return bool(gradients) and not any(bool(whole(gradient).any()) for gradient in gradients)

@@ -19,7 +19,8 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
     """Return the network of the same architecture whose channels are scaled down to a share of the parameters.
 
     All sizes shrink by one factor, through residuals, groups and concatenations, and some a little less, where whole numbers
-    of channels would leave much of the budget; inputs and outputs of the whole stay, and attention keeps its heads. Weights are those of the model, thinned out evenly and rescaled to their fan-in.
+    of channels would leave much of the budget; inputs and outputs of the whole stay, and attention keeps its heads. Weights
+    are those of the model, thinned out evenly and rescaled to their fan-in.
 
     Args:
         model: a dense module that fx traces whole, on any device.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from passes.fold import transformed_weights
 from passes.mask import Mask, masks_of
 from passes.shards import refuse_shards
 from sparsify.files import replacing
@@ -69,6 +70,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, (kept, bits) in zip(sparse, packed, strict=True):
         content |= {name: kept, name + _BITS: bits}
     facts = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes), "shared": json.dumps(shared)}
+    facts["transformed"] = json.dumps(transformed_weights(model))
     facts["digest"] = _digest(content, facts)
     with replacing(path) as partial:
         serialize(content, partial, facts)
@@ -97,6 +99,12 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"load_sparse() takes the dense model or the one that sparsify() returned; {where_sparse(model)}."
         )
     state, masks = read_sparse(path)
+    transformed = json.loads(_facts(path).get("transformed", "[]"))
+    if transformed and not masks_of(model):
+        raise ValueError(
+            f"{path} cannot be read into a dense model: that computes another weight from {transformed[0]} than the sparse one "
+            f"does. Sparsify the model, with any density, and read the file into that; fold() then makes it dense."
+        )
     own = _network(model)
     for name in dict.fromkeys([*own, *state]):
         if name not in own or name not in state:
@@ -156,6 +164,11 @@ def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     if facts.get("digest") != _digest(content, facts):
         raise ValueError(f"{path} is damaged: its content does not match its digest.")
     return _unpack_all(path, content, shapes, shared)
+
+
+def _facts(path: Any) -> dict[str, str]:
+    with _safetensors().safe_open(os.fspath(path), "pt") as file:
+        return file.metadata() or {}
 
 
 def _unpack_all(

@@ -21,7 +21,6 @@ from sparsify.loading import changed_schedule, check_before_load, settle_after_l
 from sparsify.method import Goal, Method
 from sparsify.readings import Readings
 
-
 _SHARED = (
     "The masks are in shared memory. One process may train the model and others may use it, but processes that all train it "
     "(Hogwild) would each change the masks: let each have a model of its own, and DistributedDataParallel keep them equal."
