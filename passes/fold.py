@@ -28,24 +28,23 @@ def fold_(model: nn.Module) -> nn.Module:
     zero_dropped_weights_(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()  # so that computing a weight changes nothing
-    baked: dict[tuple[nn.Module, str], Tensor] = {}
-    kept: dict[tuple[nn.Module, str], Tensor] = {}
+    baked: dict[tuple[nn.Module, str], Tensor] = {}  # {(owner, name): the weight that is used}
+    kept: dict[tuple[nn.Module, str], Tensor] = {}  # {(owner, name): the mask of the transformed weight}
     for module in [m for m in model.modules() if isinstance(m, Captured)]:
         needed = _needed(module)
         own = {node: _parametrized(module, node) for node in needed}
         if needed and (None in own.values() or vars(module).get("keeps_graph")):
             kept |= _keep_graph(module, needed)
         else:
-            baked |= {place: needed[node].mask for node, place in own.items() if place}
+            baked |= {place: needed[node] for node, place in own.items() if place}
     unmask_(model)
     for (owner, name), mask in kept.items():
         owner.register_buffer(name, mask)
-    for (owner, name), mask in baked.items():
+    for (owner, name), used in baked.items():
         cls: Any = type(owner)  # of which torch deletes the attribute, and which all copies share
         _set_class(owner, type(cls.__name__, cls.__bases__, dict(vars(cls))))
         parametrize.remove_parametrizations(owner, name)
-        weight = owner.get_parameter(name)
-        weight.data = torch.where(mask, weight.detach(), 0)
+        owner.get_parameter(name).data = used
     for module in model.modules():
         module.training = modes.get(module, module.training)
     return model
@@ -57,25 +56,23 @@ def transformed_weights(model: nn.Module) -> list[str]:
     modes = {module: module.training for module in model.modules()}
     for module in modes:
         module.training = False
-    found = [names[m] for module in model.modules() if isinstance(module, Captured) for m in _needed(module).values()]
+    nodes = [(module, node) for module in model.modules() if isinstance(module, Captured) for node in _needed(module)]
     for module, mode in modes.items():
         module.training = mode
-    return sorted(set(found))
+    return sorted({names[module.get_submodule(str(node.target))] for module, node in nodes})  # pyright: ignore
 
 
 @torch.no_grad()
-def _needed(module: Captured) -> dict[fx.Node, Mask]:
-    """Return the masks of transformed weights without which other values than 0 would be where they are dropped."""
+def _needed(module: Captured) -> dict[fx.Node, Tensor]:
+    """Return the masked values of transformed weights that without their mask would be others."""
     graphs = dict.fromkeys(module._graphs.values())
     outer = [n for g in graphs for n in g.nodes if n.op == "call_module" and n.kwargs.get("role") == OUTER]
     found = {}
     for node in outer:
-        mask, value = (
-            module.get_submodule(str(node.target)),
-            Computed(module, meta=False).value(node.all_input_nodes[0]),
-        )
-        if isinstance(mask, Mask) and (value != 0).logical_and(~mask.mask).any():  # NaN is not 0
-            found[node] = mask
+        computed = Computed(module, meta=False)
+        masked = computed.value(node)
+        if not torch.equal(computed.value(node.all_input_nodes[0]), masked):  # NaN differs from itself
+            found[node] = masked.clone()
     return found
 
 
@@ -90,13 +87,13 @@ def _parametrized(module: nn.Module, node: fx.Node) -> tuple[nn.Module, str] | N
     return (owner, name) if torch.equal(value.nan_to_num(), whole.nan_to_num()) else None
 
 
-def _keep_graph(module: Captured, outer: dict[fx.Node, Mask]) -> dict[tuple[nn.Module, str], Tensor]:
+def _keep_graph(module: Captured, outer: dict[fx.Node, Tensor]) -> dict[tuple[nn.Module, str], Tensor]:
     """Apply masks of transformed weights as buffers, which are returned, and let the module go on running its graphs."""
     vars(module)["keeps_graph"] = True
     buffers = {}
-    for node, mask in outer.items():
+    for node, value in outer.items():
         path, _, name = str(node.target).rpartition(".")
-        buffers[module.get_submodule(path), name] = mask.mask
+        buffers[module.get_submodule(path), name] = value != 0
         with node.graph.inserting_before(node):
             kept = node.graph.get_attr(str(node.target))
             node.replace_all_uses_with(node.graph.call_function(torch.where, (kept, node.args[0], 0.0)))

@@ -53,7 +53,7 @@ def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, tensor, 0)
     tensor = tensor.coalesce()
     values = torch.where(mask[tuple(tensor.indices())], tensor.values(), 0)
-    return torch.sparse_coo_tensor(tensor.indices(), values, tensor.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(tensor.indices(), values, tensor.shape, check_invariants=False, is_coalesced=True)
 
 
 def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
@@ -120,21 +120,21 @@ MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # 
 
 
 class FiniteGradient(torch.autograd.Function):
-    """Identity whose backward lets NaN and inf pass at kept weights only."""
+    """Identity whose backward lets NaN and inf pass only where a weight is not 0."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(weight: Tensor) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0] != 0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.where(ctx.saved_tensors[0], grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0)), None
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.where(ctx.saved_tensors[0], grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0))
 
 
 # How a value is used that goes through a mask; a graph names it where it is not a weight as it is.
@@ -153,8 +153,8 @@ class Mask(Guest):
     training returns the parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed
     there.
 
-    A weight that is transformed before use is masked before and after. Where all of what a norm is taken of is dropped, the
-    transformation may divide by 0: what comes back through it as NaN ends here.
+    A weight that is transformed before use is masked before and after. Where all that a norm is taken of is 0, dropped or newly
+    grown, the transformation may divide by 0: that gives 0, and the NaN that comes back through it ends here.
 
     Args:
         mask: bool, the shape and strides of its weight.
@@ -196,31 +196,34 @@ class Mask(Guest):
         """The kept fraction, in (0, 1]."""
         return self.nonzeros / self.mask.numel()
 
-    def forward(self, weight: Tensor, role: str | None = None) -> Tensor:
+    def forward(self, weight: Tensor, role: str | None = None, source: Tensor | None = None) -> Tensor:
         """Return the weight as its consumer must see it in the current mode.
 
         Args:
             weight: the parameter, or what was computed from it or with it.
             role: PRODUCT, INNER, OUTER or BESIDE, where one of them holds.
+            source: the parameter, masked, with the last two.
         """
-        if role == BESIDE:
-            return self._beside(weight)
+        if role == BESIDE and source is not None:
+            return self._beside(weight, source)
+        if role == OUTER and source is not None:
+            weight = torch.where((source == 0) & ~weight.isfinite(), 0, weight)
         kept = self.training and role != OUTER and (self.attended or self._is_kept(weight))
         if torch.is_grad_enabled() and self.dense_gradient:  # in this order, so that evaluation is one compiled graph
-            if kept:
-                return FiniteGradient.apply(weight, self.mask) if role == INNER else weight
-            finite = weight.nan_to_num(0.0, 0.0, 0.0)
-            return torch.where(self.mask, weight, finite - finite.detach())  # masked; its gradient is not
-        if not kept:
-            return torch.where(self.mask, weight, 0)
-        function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
-        return function.apply(weight, self.mask, role == PRODUCT)
+            finite = weight if kept else weight.nan_to_num(0.0, 0.0, 0.0)
+            masked = weight if kept else torch.where(self.mask, weight, finite - finite.detach())  # its gradient is not
+        elif kept:
+            function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
+            masked = function.apply(weight, self.mask, role == PRODUCT)
+        else:
+            masked = torch.where(self.mask, weight, 0)
+        return FiniteGradient.apply(masked) if role == INNER else masked
 
-    def _beside(self, other: Tensor) -> Tensor:
-        """Give a parameter that is broadcast over the weight no gradient where everything it meets is dropped."""
-        alive = self.mask
-        for dim, (size, own) in enumerate(zip(other.shape, alive.shape, strict=True)):
-            alive = alive if size == own else alive.any(dim, keepdim=True)
+    def _beside(self, other: Tensor, source: Tensor) -> Tensor:
+        """Give a parameter that is broadcast over the weight no gradient where everything it meets is 0."""
+        alive = source.detach() != 0
+        for dim, (size, whole) in enumerate(zip(other.shape, alive.shape, strict=True)):
+            alive = alive if size == whole else alive.any(dim, keepdim=True)
         function = MaskGradient if torch.compiler.is_compiling() else MaskTangent
         return function.apply(other, alive, False)
 

@@ -134,12 +134,15 @@ def _mask_transformed(
     paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
     values = {read.value: read.weight for read in transformed if read.value and read.weight in masks}
     sources = {value: _sources(value) for value in values}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for value, weight in values.items():
-        _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER)
-        for node in sources[value]:
-            other = attribute(module, str(node.target)) if node.op == "get_attr" else None
-            if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):
-                _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE)
+        read = {n: p for n in sources[value] if isinstance(p := attribute(module, str(n.target)), nn.Parameter)}
+        source = next(node for node in read if read[node] is weight)
+        (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before whatever reads something beside it
+        _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER, source)
+        for node, other in read.items():
+            if other not in masks and _is_broadcast(other, weight):
+                _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE, source)
     return set().union(*sources.values())
 
 
@@ -168,11 +171,12 @@ def _mask_reads(
             _insert_mask(graph, node, f"{node.target}_mask", INNER if node in inner else None)
 
 
-def _insert_mask(graph: fx.Graph, node: fx.Node, path: str, role: str | None) -> None:
+def _insert_mask(graph: fx.Graph, node: fx.Node, path: str, role: str | None, source: fx.Node | None = None) -> None:
     """Let every user of a node read it through a mask."""
     users = list(node.users)
+    options = {"role": role, "source": source}
     with graph.inserting_after(node):
-        masked = graph.call_module(path, (node,), {"role": role} if role else {})
+        masked = graph.call_module(path, (node,), {k: v for k, v in options.items() if v is not None})
     _rename_masked(masked, node.name)
     for user in users:
         user.replace_input_with(node, masked)

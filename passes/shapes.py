@@ -4,7 +4,8 @@ A copy of the model's structure runs on meta tensors under `passes.recorder`. Th
 generators are not touched.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +97,27 @@ def _run(model: nn.Module, recorder: Recorder, inputs: Any, meta: bool, hooked: 
     args, kwargs = pytree.tree_map_only(Tensor, copy_input, inputs)
     recorder.know(shadow, masks_of(model))
     recorder.watch(shadow)
-    with preserve_rng(), torch.enable_grad(), recorder:  # with gradients, attention does not take its opaque fast path
+    with (
+        preserve_rng(),
+        torch.enable_grad(),
+        _without_libraries(),
+        recorder,
+    ):  # no fast path of attention with gradients
         shadow(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_libraries() -> Iterator[None]:
+    """Let recurrent layers run as products, as on the meta device, instead of calling one opaque operation of a library."""
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 def _shadow(model: nn.Module, recorder: Recorder, meta: bool, hooked: bool) -> nn.Module:
@@ -142,7 +162,7 @@ class _Unmasked(Guest):
         super().__init__()
         self.recorder = recorder
 
-    def forward(self, weight: Tensor, role: str | None = None) -> Tensor:
+    def forward(self, weight: Tensor, role: str | None = None, source: Tensor | None = None) -> Tensor:
         """Return the weight as it is, as a tensor of its own."""
         return weight if role == BESIDE else self.recorder.through_mask(weight)
 

@@ -118,9 +118,7 @@ def find_sites(
             problem = _resolved(problem, name in multiplied)
         if multiplied is not None and name in multiplied and (not uses or uses[0].op == "python"):
             uses = [Use("", "", multiplied[name], None)]
-        if weight.numel() == 0:
-            problem = "it has no elements"
-        elif name in include:
+        if name in include:
             uses, problem = uses or [Use("", "", "included", None)], ""
         elif not uses or weight.dim() < 2:
             continue
@@ -130,6 +128,8 @@ def find_sites(
             problem = "unsupported: it is no attribute of a module by which its mask could be stored"
         elif weight in replaced:
             problem = "unsupported: Python code assigns its .data, which a mask cannot follow"
+        if weight.numel() == 0:
+            problem = "it has no elements"
         stacked = weight.dim() == 3 and uses[0].op in _STACKS
         sites.append(Site(name, len(sites), tuple(weight.shape), tuple(uses), problem, stacked))
     return tuple(sites)

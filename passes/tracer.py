@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Container, Iterable
 from typing import Any, NoReturn
 
-from torch import Size, fx, nn
+from torch import Size, Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from passes.arguments import is_default
@@ -146,6 +146,13 @@ class Tracer(TypedTracer):
         if self._refusals:  # which the code itself has caught
             raise self._refusals[0]
         return graph
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not any(a is b for b in self.root.buffers()):
+            own = (*self.root.parameters(), *self.root.buffers())
+            if a.requires_grad or any(a.untyped_storage()._cdata == t.untyped_storage()._cdata for t in own):
+                self.refuse("computes with parameters or buffers that it does not read as attributes")
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m not in self._leaves:

@@ -61,7 +61,7 @@ class Readings(Guest):
         updates = self.method.updates
         if not self.method.prunes or updates is None:
             return True
-        return self._total_steps > 0 and self.step >= updates.last(self._total_steps)
+        return self._total_steps > 0 and 0 < updates.last(self._total_steps) <= self.step
 
     @property
     def replaced(self) -> tuple[str, ...]:
