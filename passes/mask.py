@@ -1,6 +1,5 @@
 """Mask: one mask and its rule, the only place that knows what a masked weight does."""
 
-import inspect
 import warnings
 from typing import Any
 
@@ -8,133 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from passes.host import Guest
-from passes.shards import is_sharded, local, own_part
-
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-_CHUNK = 1 << 20  # elements: the widened mask of one chunk takes 4 MB, and few chunks mean few waits for the threads
-
-
-def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Set `tensor` to exactly 0 where `mask` is False, in place; NaN and inf there become 0 too.
-
-    On the CPU the bits are multiplied as integers, chunk by chunk: near memory speed and without a copy of the tensor
-    (`masked_fill_` takes several times as long there, and float * bool lets NaN through).
-
-    Args:
-        tensor: floating point, any shape; of a sharded one, the part of this rank is changed. It may be a sparse one, as
-            embeddings have gradients.
-        mask: bool, the same shape, whole.
-
-    Returns:
-        The same tensor.
-
-    Example:
-        >>> zero_dropped_(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
-        tensor([1., 0.])
-    """
-    if is_sharded(tensor):
-        zero_dropped_(local(tensor), own_part(mask, tensor))
-        return tensor
-    if tensor.is_sparse:
-        return tensor.copy_(_masked(tensor, mask))
-    if not _mask_bits_(tensor, mask):
-        tensor.masked_fill_(~mask, 0)
-    return tensor
-
-
-def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Return a tensor, strided or sparse, with 0 where `mask` is False."""
-    if not tensor.is_sparse:
-        return torch.where(mask, tensor, 0)
-    tensor = tensor.coalesce()
-    values = torch.where(mask[tuple(tensor.indices())], tensor.values(), 0)
-    return torch.sparse_coo_tensor(tensor.indices(), values, tensor.shape, check_invariants=False, is_coalesced=True)
-
-
-def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
-    """Multiply the bits of a tensor by a mask where they lie in memory alike, and tell whether they do."""
-    integer = _INTEGERS.get(tensor.dtype) if tensor.is_cpu and tensor.stride() == mask.stride() else None
-    if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
-        return False
-    bits, keep = tensor.view(integer), mask.view(torch.int8)  # of integers, since NaN * 0 is 0 there
-    if tensor.numel() <= _CHUNK:
-        bits.mul_(keep)
-        return True
-    flat = (t.as_strided((t.numel(),), (1,)).split(_CHUNK) for t in (bits, keep))
-    for chunk, kept in zip(*flat, strict=True):
-        chunk.mul_(kept)
-    return True
-
+from passes.shards import is_sharded
+from passes.zeros import FiniteGradient, MaskGradient, MaskTangent, zero_dropped_
 
 _STRAY = (
     "Dropped weights were written to, past their mask, which goes on hiding them. If a training loop averages the floating "
     "entries of a state_dict, let it copy the masks too (all entries; torch.optim.swa_utils.AveragedModel does); if an "
     "optimizer trains this model, attach it: model.updater.attach(optimizer, total_steps=...)."
 )
-
-
-class MaskGradient(torch.autograd.Function):
-    """Identity whose backward keeps the gradient of kept weights only."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, own: bool) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.own = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
-        # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
-        # gradient to both its operands. One that is itself differentiated is not ours to write either.
-        if ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
-            return grad, None, None
-        return _masked(grad, mask), None, None
-
-
-class MaskTangent(MaskGradient):
-    """The same with forward-mode derivatives (torch.func.jvp, hessian), which torch.compile does not trace."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        MaskGradient.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return torch.where(ctx.saved_tensors[0], tangents[0], 0)
-
-
-# torch binds the arguments of every `apply` to this signature; without it, it would work the signature out each time.
-MaskGradient.forward.__signature__ = inspect.signature(MaskGradient.forward)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-class FiniteGradient(torch.autograd.Function):
-    """Identity whose backward lets NaN and inf pass only where a weight is not 0."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0] != 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.where(ctx.saved_tensors[0], grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0))
 
 
 # How a value is used that goes through a mask; a graph names it where it is not a weight as it is.
@@ -173,7 +53,7 @@ class Mask(Guest):
             None,
             self._written(),
             False,
-        )  # traces of weight and mask; whether they agreed
+        )  # at this weight and mask; they agreed
         self._said = False
 
     @property

@@ -136,12 +136,12 @@ def _mask_transformed(
     sources = {value: _sources(value) for value in values}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for value, weight in values.items():
-        read = {n: p for n in sources[value] if isinstance(p := attribute(module, str(n.target)), nn.Parameter)}
-        source = next(node for node in read if read[node] is weight)
+        attributes = {n: attribute(module, str(n.target)) for n in sources[value] if n.op == "get_attr"}
+        source = next(node for node, other in attributes.items() if other is weight)
         (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before whatever reads something beside it
         _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER, source)
-        for node, other in read.items():
-            if other not in masks and _is_broadcast(other, weight):
+        for node, other in attributes.items():
+            if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):
                 _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE, source)
     return set().union(*sources.values())
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from passes.mask import Mask, zero_dropped_
+from passes.mask import Mask
 from passes.shards import is_sharded, local, own_part, whole
+from passes.zeros import zero_dropped_
 from sparsify import optimizers as opt
 from sparsify.layouts import ELEMENTS
 from sparsify.method import Method, Updates

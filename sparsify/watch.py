@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from passes.mask import zero_dropped_
 from passes.shards import local, own_part
+from passes.zeros import zero_dropped_
 from sparsify import optimizers as opt
 from sparsify.update import Bound
 
