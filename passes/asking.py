@@ -44,6 +44,7 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
 # What torch's `checkpoint` ends in, by whatever name it was called.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
 _saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+_torch_jit_isinstance = torch.jit.isinstance
 _is_casting, _casts_to = torch.is_autocast_enabled, torch.get_autocast_dtype
 _tracing = threading.local()
 
@@ -130,6 +131,23 @@ def _isinstance(value: Any, classes: Any) -> bool:
     return issubclass(kind, classes)
 
 
+def _jit_isinstance(value: Any, kind: Any) -> bool:
+    if _is_proxy(value) and not all(isinstance(c, builtins.type) for c in pytree.tree_leaves(kind)):
+        value.tracer.refuse(f"asks whether a value is of the type {kind}")
+    return _isinstance(value, kind) if _is_proxy(value) else _torch_jit_isinstance(value, kind)
+
+
+def _dispatching(function: Any) -> Callable[..., Any]:
+    """Stand for a `functools.singledispatch` function, which goes by the class of its first argument."""
+
+    @functools.wraps(function)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        kind = args[0].tracer.kind_of(args[0]) if args and _is_proxy(args[0]) else None
+        return function.dispatch(kind)(*args, **kwargs) if kind else function(*args, **kwargs)
+
+    return dispatch
+
+
 def _is_tensor(value: Any) -> bool:
     return _isinstance(value, Tensor)
 
@@ -169,8 +187,12 @@ _BUILTINS = {
     "getattr": _getattr,
     "callable": _callable,
 }
-_ANSWERS = {name: _refused(name) for name in _QUESTIONS} | {"is_tensor": _is_tensor}
-_STOOD_FOR = {id(getattr(torch, name)): answer for name, answer in _ANSWERS.items()}
+_ANSWERS: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+    **{(torch, name): _refused(name) for name in _QUESTIONS},
+    (torch, "is_tensor"): _is_tensor,
+    (torch.jit, "isinstance"): _jit_isinstance,
+}
+_STOOD_FOR = {id(getattr(owner, name)): answer for (owner, name), answer in _ANSWERS.items()}
 
 
 def _custom_function(self: Any, *args: Any) -> None:
@@ -182,7 +204,7 @@ def _custom_function(self: Any, *args: Any) -> None:
 def answering(model: nn.Module) -> Iterator[None]:
     """Answer or refuse what a model's code asks while it is traced; code that runs elsewhere meanwhile notices nothing."""
     patches = [(namespace, name, answer) for namespace in _namespaces(model) for name, answer in _answers(namespace)]
-    patches += [(torch.__dict__, name, answer) for name, answer in _ANSWERS.items()]
+    patches += [(owner.__dict__, name, answer) for (owner, name), answer in _ANSWERS.items()]
     before = [namespace.get(name) for namespace, name, _ in patches]
     try:
         for namespace, name, answer in patches:
@@ -205,6 +227,8 @@ def recomputing_refused() -> Any:
 def _answers(namespace: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what to put into a module's globals: the builtins that it reads, and questions that it has imported."""
     yield from ((name, answer) for name, answer in _BUILTINS.items() if name not in namespace)
+    functions = [(n, f) for n, f in namespace.items() if isinstance(f, FunctionType) and "registry" in vars(f)]
+    yield from ((name, _dispatching(f)) for name, f in functions if hasattr(f, "dispatch"))
     yield from ((name, _STOOD_FOR[id(value)]) for name, value in namespace.items() if id(value) in _STOOD_FOR)
 
 

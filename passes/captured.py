@@ -13,7 +13,7 @@ from torch.package.importer import sys_importer
 
 from passes.arguments import Arguments
 from passes.capture import Capture
-from passes.host import Host, container_methods, run_reading
+from passes.host import Host, container_methods, run_graph, run_reading
 from passes.mask import OUTER
 from passes.tracer import TypedTracer, has_hooks
 
@@ -117,7 +117,7 @@ def _captured_class(base: type[nn.Module]) -> Any:
     def forward(self: Captured, *args: Any, **kwargs: Any) -> Any:
         if _holds(self, args, kwargs):
             try:
-                return self._forwards[self.training](self, *args, **kwargs)
+                return run_graph(self._forwards[self.training], self, *args, **kwargs)
             except AttributeError as error:
                 _explain_missing(self, error)
                 raise

@@ -71,7 +71,9 @@ def _needed(module: Captured) -> dict[fx.Node, Tensor]:
     for node in outer:
         computed = Computed(module, meta=False)
         masked = computed.value(node)
-        if not torch.equal(computed.value(node.all_input_nodes[0]), masked):  # NaN differs from itself
+        if not masked.is_meta and not torch.equal(
+            computed.value(node.all_input_nodes[0]), masked
+        ):  # NaN differs from itself
             found[node] = masked.clone()
     return found
 
@@ -87,13 +89,16 @@ def _parametrized(module: nn.Module, node: fx.Node) -> tuple[nn.Module, str] | N
     return (owner, name) if torch.equal(value.nan_to_num(), whole.nan_to_num()) else None
 
 
+@torch.no_grad()
 def _keep_graph(module: Captured, outer: dict[fx.Node, Tensor]) -> dict[tuple[nn.Module, str], Tensor]:
     """Apply masks of transformed weights as buffers, which are returned, and let the module go on running its graphs."""
     vars(module)["keeps_graph"] = True
     buffers = {}
     for node, value in outer.items():
         path, _, name = str(node.target).rpartition(".")
-        buffers[module.get_submodule(path), name] = value != 0
+        mask, raw = module.get_submodule(str(node.target)), Computed(module, meta=False).value(node.all_input_nodes[0])
+        assert isinstance(mask, Mask)
+        buffers[module.get_submodule(path), name] = mask.mask & ((value != 0) | raw.isfinite())
         with node.graph.inserting_before(node):
             kept = node.graph.get_attr(str(node.target))
             node.replace_all_uses_with(node.graph.call_function(torch.where, (kept, node.args[0], 0.0)))

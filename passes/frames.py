@@ -75,6 +75,12 @@ def is_compared_by_identity(frame: FrameType) -> bool:
     return False
 
 
+@functools.cache
+def matches_classes(code: CodeType) -> bool:
+    """Whether a function has `match` statements that go by the class of a value, which no proxy can answer."""
+    return any(i.opname in ("MATCH_CLASS", "MATCH_SEQUENCE", "MATCH_MAPPING") for i in _instructions(code))
+
+
 def _tests_identity(opname: str) -> bool:
     return opname == "IS_OP" or opname.endswith(("IF_NONE", "IF_NOT_NONE"))
 

@@ -75,6 +75,18 @@ def run_reading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _thread.reader = before
 
 
+def run_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a graph's code, which masks by its own nodes what it reads, also where Python code that reads weights calls it."""
+    before = None if torch.compiler.is_compiling() else getattr(_thread, "reader", None)
+    if before is None:
+        return function(*args, **kwargs)
+    _thread.reader = None
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _thread.reader = before
+
+
 def _without_guests(module: nn.Module, base: type[nn.Module]) -> Any:
     """Return a module of the class `base` with the same attributes and children, guests excepted."""
     plain = nn.Module.__new__(base)

@@ -1,6 +1,7 @@
 """Mask: one mask and its rule, the only place that knows what a masked weight does."""
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from passes.host import Guest
 from passes.shards import is_sharded
-from passes.zeros import FiniteGradient, MaskGradient, MaskTangent, zero_dropped_
+from passes.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, zero_dropped_
 
 _STRAY = (
     "Dropped weights were written to, past their mask, which goes on hiding them. If a training loop averages the floating "
@@ -55,6 +56,11 @@ class Mask(Guest):
             False,
         )  # at this weight and mask; they agreed
         self._said = False
+        self._own: Any = None  # a weak reference to the parameter that is masked
+
+    def belongs_to(self, weight: nn.Parameter) -> None:
+        """Say which parameter is masked: `functional_call` brings others, which are nobody's to change or to speak of."""
+        self._own = weakref.ref(weight)
 
     @property
     def nonzeros(self) -> int:
@@ -97,7 +103,8 @@ class Mask(Guest):
             masked = function.apply(weight, self.mask, role == PRODUCT)
         else:
             masked = torch.where(self.mask, weight, 0)
-        return FiniteGradient.apply(masked) if role == INNER else masked
+        finite_gradient = FiniteGradient if torch.compiler.is_compiling() else FiniteTangent
+        return finite_gradient.apply(masked) if role == INNER else masked
 
     def _beside(self, other: Tensor, source: Tensor) -> Tensor:
         """Give a parameter that is broadcast over the weight no gradient where everything it meets is 0."""
@@ -132,11 +139,12 @@ class Mask(Guest):
         before, written = self._looked[:2]
         if before != _trace(weight) or written != self._written():
             kept = not bool((weight.detach() != 0).logical_and_(~self.mask).any())
-            if not kept and written != self._written():
+            own = self._own is not None and self._own() is weight
+            if not kept and own and written != self._written():
                 with torch.no_grad():
                     zero_dropped_(weight, self.mask)
                 kept = True
-            elif not kept and not self._said:
+            elif not kept and own and not self._said:
                 self._said = True
                 warnings.warn(_STRAY, stacklevel=2)
             self._looked = _trace(weight), self._written(), kept
@@ -148,7 +156,8 @@ class Mask(Guest):
 
     def __getstate__(self) -> dict[str, Any]:
         # The flag belongs to the optimizer that is attached; a copy has none, and versions of its own.
-        return {**vars(self), "dense_gradient": False, "attended": False, "_counted": None, "_said": False}
+        fresh = {"dense_gradient": False, "attended": False, "_counted": None, "_said": False, "_own": None}
+        return vars(self) | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -133,17 +133,19 @@ def _mask_transformed(
     """Mask what is computed from weights, and what it is computed with; return all nodes that it is computed from."""
     paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
     values = {read.value: read.weight for read in transformed if read.value and read.weight in masks}
-    sources = {value: _sources(value) for value in values}
+    inside = {value: _sources(value) for value in values}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for value, weight in values.items():
-        attributes = {n: attribute(module, str(n.target)) for n in sources[value] if n.op == "get_attr"}
+        attributes = {n: attribute(module, str(n.target)) for n in inside[value] if n.op == "get_attr"}
         source = next(node for node, other in attributes.items() if other is weight)
         (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before whatever reads something beside it
-        _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER, source)
+        shared = set().union(*(inside[other] | {other} for other in values if other is not value))
         for node, other in attributes.items():
             if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):
-                _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE, source)
-    return set().union(*sources.values())
+                users = [user for user in node.users if user in (inside[value] | {value}) - shared]
+                _insert_mask(graph, node, f"{paths[weight]}_mask", BESIDE, source, users)
+        _insert_mask(graph, value, f"{paths[weight]}_mask", OUTER, source)
+    return set().union(*inside.values())
 
 
 def _sources(value: fx.Node) -> set[fx.Node]:
@@ -171,9 +173,18 @@ def _mask_reads(
             _insert_mask(graph, node, f"{node.target}_mask", INNER if node in inner else None)
 
 
-def _insert_mask(graph: fx.Graph, node: fx.Node, path: str, role: str | None, source: fx.Node | None = None) -> None:
-    """Let every user of a node read it through a mask."""
-    users = list(node.users)
+def _insert_mask(
+    graph: fx.Graph,
+    node: fx.Node,
+    path: str,
+    role: str | None,
+    source: fx.Node | None = None,
+    users: Collection[fx.Node] | None = None,
+) -> None:
+    """Let users of a node, all by default, read it through a mask."""
+    users = list(node.users) if users is None else users
+    if not users:
+        return
     options = {"role": role, "source": source}
     with graph.inserting_after(node):
         masked = graph.call_module(path, (node,), {k: v for k, v in options.items() if v is not None})

@@ -111,6 +111,7 @@ def find_sites(
         if weight not in found:
             found[weight], problems[weight] = [use], problem
     replaced = set(_replaced_weights(model, capture))
+    modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for name, weight in model.named_parameters():
         uses, problem = found.get(weight, []), problems.get(weight, "")
@@ -124,7 +125,7 @@ def find_sites(
             continue
         elif weight.is_complex():
             problem = "unsupported: its numbers are complex"
-        elif not _is_attribute(model, name):
+        elif not _is_attribute(modules, name):
             problem = "unsupported: it is no attribute of a module by which its mask could be stored"
         elif weight in replaced:
             problem = "unsupported: Python code assigns its .data, which a mask cannot follow"
@@ -219,12 +220,10 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
             yield weight, Use(path, "", type(leaf).__name__, None), f"unsupported: {why}"
 
 
-def _is_attribute(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is found by its name, as it is not where a container gives it a name with dots."""
-    try:
-        return isinstance(model.get_parameter(name), nn.Parameter)
-    except AttributeError:
-        return False
+def _is_attribute(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module has a parameter by the last part of its name: some containers give names with dots."""
+    path, _, attribute = name.rpartition(".")
+    return path in modules and attribute in modules[path]._parameters
 
 
 def _replaced_weights(model: nn.Module, capture: Capture) -> Iterator[nn.Parameter]:

@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Container, Iterable
 from typing import Any, NoReturn
 
-from torch import Size, Tensor, fx, nn
+from torch import Size, Tensor, fx, nn, strided
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from passes.arguments import is_default
 from passes.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
 from passes.copies import FORWARD_HOOKS
 from passes.effects import Snapshot
-from passes.frames import is_compared_by_identity, is_users, module_of, module_of_code, user_frame
+from passes.frames import is_compared_by_identity, is_users, matches_classes, module_of, module_of_code, user_frame
 from passes.kinds import Kinds, returns_tensor
 from passes.operands import is_view
 from passes.proxies import Attribute, CannotTraceError, Value
@@ -149,7 +149,7 @@ class Tracer(TypedTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not any(a is b for b in self.root.buffers()):
-            own = (*self.root.parameters(), *self.root.buffers())
+            own = [t for t in (*self.root.parameters(), *self.root.buffers()) if t.layout is a.layout is strided]
             if a.requires_grad or any(a.untyped_storage()._cdata == t.untyped_storage()._cdata for t in own):
                 self.refuse("computes with parameters or buffers that it does not read as attributes")
         return super().create_arg(a)
@@ -165,6 +165,7 @@ class Tracer(TypedTracer):
         path = self.path_of_module(m)
         inside = self._gets_parameter(m, args, kwargs)
         if self.is_leaf_module(m, path) and not inside:
+            inspect.signature(m.forward).bind(*args, **kwargs)  # or TypeError, which the code may wait for
             self._certain = returns_tensor(m)
             return super().call_module(m, forward, args, kwargs)
         last, refusals = next(iter(reversed(self.graph.nodes)), None), len(self._refusals)
@@ -188,7 +189,10 @@ class Tracer(TypedTracer):
     def proxy(self, node: fx.Node) -> Value:
         """Return what stands for a node's value; refuse where code compares it to None, which no proxy can be."""
         certain, self._certain = self._certain, False
-        if not certain and _may_be_none(node) and (frame := user_frame()) and is_compared_by_identity(frame):
+        frame = user_frame()
+        if frame and matches_classes(frame.f_code):
+            self.refuse("matches values against classes")
+        if not certain and _may_be_none(node) and frame and is_compared_by_identity(frame):
             value = Value(node, self)
             if self.known_kind_of(value) is None:
                 self.refuse(f"asks whether {node.name!r} is None")

@@ -88,7 +88,8 @@ class MaskGradient(torch.autograd.Function):
         mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
         # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
         # gradient to both its operands. One that is itself differentiated is not ours to write either.
-        if ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
+        own = ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if own and _mask_bits_(grad, mask):
             return grad, None, None
         return masked(grad, mask), None, None
 
@@ -125,4 +126,17 @@ class FiniteGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.where(ctx.saved_tensors[0], grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0))
+        return torch.where(ctx.saved_tensors[0].bool(), grads[0], grads[0].nan_to_num(0.0, 0.0, 0.0))
+
+
+class FiniteTangent(FiniteGradient):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        FiniteGradient.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0] != 0)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return torch.where(ctx.saved_tensors[0], tangents[0], tangents[0].nan_to_num(0.0, 0.0, 0.0))

@@ -28,6 +28,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> place.read_text(), [p.name for p in place.parent.iterdir()]
         ('whole', ['notes.txt'])
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, which cannot be replaced
+        yield Path(path)
+        return
     place = Path(os.path.realpath(path))
     check_folder(place)
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")

@@ -187,6 +187,7 @@ _FREE = frozenset(
 )
 
 
+_OUT_DIMS = {"conv": 0, "linear": 0, "conv_transpose": 1}  # of layers whose goals are not known
 _OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
 
 
@@ -217,7 +218,7 @@ def _weight_layers(model: nn.Module, macs: _Macs) -> list[Layer]:
                 _macs_at(dense, kept, weight.numel(), dense),
                 status,
                 reason.removeprefix("unsupported: "),
-                _dead_outputs(mask, goals[name].out_dim if name in goals else None),
+                _dead_outputs(mask, goals[name].out_dim if name in goals else _OUT_DIMS.get(hidden.get(weight, ""))),
             )
         )
     return rows

@@ -3,7 +3,8 @@
 Nothing is patched: hooks are the official ones, and what an optimizer keeps per weight is recognised by its shape.
 """
 
-from collections.abc import Callable, Collection, Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from passes.effects import preserve_rng
 from passes.shards import whole
 
 # With a gradient of zero and a state of zero these leave a weight of zero at zero.
@@ -64,21 +66,30 @@ def first_states(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, float]]:
     Rprop begins with a step size, Adagrad with an accumulator. A fresh optimizer of the same class and options is asked.
     """
     found: dict[nn.Parameter, dict[str, float]] = {}
+    answers: dict[str, dict[str, float]] = {}
     for holder in _holders(optimizer):
         for group in holder.param_groups:
-            answers = {p.dtype: {} for p in group["params"]}
-            answers = {dtype: _first_state(type(holder), holder.defaults.keys(), group, dtype) for dtype in answers}
-            found |= {p: answers[p.dtype] for p in group["params"] if answers[p.dtype]}
+            options = _options(holder, group)
+            plain = {k: id(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+            for p in group["params"]:
+                key = f"{type(holder)} {p.dtype} {plain}"  # many groups differ in nothing
+                if key not in answers:
+                    answers[key] = _first_state(type(holder), options, p.dtype)
+                found |= {p: answers[key]} if answers[key] else {}
     return found
 
 
-def _first_state(kind: Any, names: Collection[str], group: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
+def _options(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    names = optimizer.defaults.keys()
+    return {k: group[k] for k in names if k in group} | {k: v for k, v in _ON_CPU.items() if k in names}
+
+
+def _first_state(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
     """Ask on the CPU, so that a device is waited for only where a rate on it matters.
 
     What an optimizer begins with shows in its first step. One that cannot be made from a group's options, or asks for more
     than a gradient, is taken to begin with 0, as nearly all do.
     """
-    options = {k: group[k] for k in names if k in group} | {k: v for k, v in _ON_CPU.items() if k in names}
     rates = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
     state = _begins(kind, options | dict.fromkeys(rates, 0.5), dtype)
     return _begins(kind, options | {k: v.cpu() for k, v in rates.items()}, dtype) if rates and state else state
@@ -100,14 +111,15 @@ class _First(dict[str, Any]):
 
 
 def _begins(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
-    probe = nn.Parameter(torch.zeros(1, 1, dtype=dtype))
+    probe = nn.Parameter(torch.zeros(1, 1, dtype=dtype, device="cpu"))
     probe.grad = torch.zeros_like(probe)
     try:
         optimizer, state = kind([probe], **options), _First()
         for key, value in optimizer.state[probe].items():  # of Adagrad, which does not wait for the first step
             state[key] = value
         optimizer.state[probe] = state
-        optimizer.step()
+        with torch.no_grad(), preserve_rng():
+            inspect.unwrap(kind.step)(optimizer)  # without the hooks of all optimizers
         first = state.first.items()
         return {k: float(v) for k, v in first if isinstance(v, Tensor) and v.shape == probe.shape and v.any()}
     except Exception:

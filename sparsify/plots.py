@@ -22,6 +22,7 @@ def plot_report(report: FlopReport, path: str) -> None:
         ImportError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'sparsify-fx[plots]'") from error
@@ -38,5 +39,6 @@ def plot_report(report: FlopReport, path: str) -> None:
     macs.set(ylabel="MACs", xticks=positions)
     macs.set_xticklabels([layer.name.removesuffix(".weight") for layer in layers], rotation=90, fontsize=7)
     macs.legend()
+    path = path if Path(path).suffix else f"{path}.{rcParams['savefig.format']}"
     with replacing(path) as partial:
-        figure.savefig(partial, format=Path(path).suffix.removeprefix(".") or None)
+        figure.savefig(partial, format=Path(path).suffix.removeprefix("."))

@@ -70,7 +70,7 @@ def update_layers(
     if not updates.counts_vary and any(drop != grow for drop, grow in plan):
         raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
     changes = [Change(b, state, *counts) for (b, state), counts in zip(layers, plan, strict=True) if any(counts)]
-    begins = opt.first_states(optimizer)
+    begins = opt.first_states(optimizer) if any(change.grow for change in changes) else {}
     for change, mask in zip(changes, _decide_all(method, changes), strict=True):
         _apply(method, optimizer, begins.get(change.bound.weight, {}), finite, change, mask)
     return True

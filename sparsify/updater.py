@@ -61,6 +61,8 @@ class Updater(Readings):
         if method.updates and method.updates.momentum is not None:
             for name in self.goals:
                 self.register_buffer(_momentum_of(name), torch.zeros_like(model.get_parameter(name)))
+        for name, mask in masks_of(model).items():
+            mask.belongs_to(model.get_parameter(name))
         # Updates that a non-finite gradient prevented: counted on the device, read when the host asks.
         device = next(iter(self.masks.values())).device
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
@@ -193,7 +195,8 @@ class Updater(Readings):
         model = self._model[0]
         masks = {name: mask for name, mask in masks_of(model).items() if not mask.attended and not mask.mask.is_meta}
         for name, mask in masks.items():
-            mask.look(model.get_parameter(name))
+            mask.belongs_to(weight := model.get_parameter(name))
+            mask.look(weight)
         counts = {name: (mask.nonzeros, self.goals[name].target) for name, mask in masks.items() if name in self.goals}
         averaged = [name for name, (count, target) in counts.items() if count != target]
         if averaged and not self.method.counts_vary():

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import pickle
 import random
 from collections.abc import Callable
@@ -332,6 +333,48 @@ def asks_a_child_that_returns_none(self: Any, x: Tensor) -> Tensor:
     return self.b(self.a(x if found is None else found))
 
 
+def asks_torch_jit(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x)) * (2 * torch.jit.isinstance(x, Tensor) + torch.jit.isinstance(x, list[Tensor]))
+
+
+@functools.singledispatch
+def doubled_or_not(value: Any) -> Any:
+    return value
+
+
+@doubled_or_not.register
+def _(value: Tensor) -> Tensor:
+    return value * 2
+
+
+def dispatches_by_class(self: Any, x: Tensor) -> Tensor:
+    return self.b(doubled_or_not(self.a(x)))
+
+
+def matches_a_class(self: Any, x: Tensor) -> Tensor:
+    match self.a(x):
+        case Tensor() as h:
+            return self.b(h)
+        case other:
+            return self.b(other * 2)
+
+
+def matches_a_sequence(self: Any, x: Tensor) -> Tensor:
+    match self.a(x).split(4, 1):
+        case [first, second]:
+            return self.b(torch.cat([second, first], 1))
+        case parts:
+            return self.b(torch.cat(list(parts), 1))
+
+
+def tries_an_argument(self: Any, x: Tensor) -> Tensor:
+    try:
+        h = self.a(x, lengths=None)
+    except TypeError:
+        h = self.a(x) * 2
+    return self.b(h)
+
+
 class MayReturnNone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -348,6 +391,11 @@ PRETENDING = {
         asks_type_by_name,
         asks_whether_it_is_a_parameter,
         asks_for_kinds_of_shapes,
+        asks_torch_jit,
+        dispatches_by_class,
+        matches_a_class,
+        matches_a_sequence,
+        tries_an_argument,
         asks_a_result,
         asks_getattr,
         asks_callable,
@@ -824,6 +872,7 @@ class Tied(Two):
 READERS = {kind.__name__: kind for kind in (InAList, ByName, OfARecurrentLayer, LayersOfAnEncoder, Tied)}
 
 
+@pytest.mark.filterwarnings("ignore:Dropped weights were written to")
 @pytest.mark.parametrize("name", READERS)
 def test_every_mask_is_used(name: str) -> None:
     torch.manual_seed(0)

@@ -14,10 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
 from sparsify import GMP, RigL, flop_report, fold, graph_table, graphs, load_sparse, save_sparse, sparsify
+from sparsify.files import replacing
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4
 
@@ -695,3 +698,126 @@ def test_tied_weights_stored_once_are_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(mask, two.updater.masks[name]) for name, mask in one.updater.masks.items())
     assert one.updater.masks
     assert graphs(two)
+
+
+# What a review found
+
+
+def test_a_call_with_other_parameters_leaves_them_alone() -> None:
+    model, source, teacher = sparsify(perceptron(), 0.3), sparsify(perceptron(), 0.3, seed=1), perceptron()
+    model.load_state_dict(source.state_dict())
+    before = copy.deepcopy(teacher.state_dict())
+    functional_call(model, dict(teacher.named_parameters()), (X,))
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_pruning_happens_while_rates_warm_up() -> None:
+    model = sparsify(perceptron(), 0.2, method="snip-layer")
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    model.updater.attach(optimizer, total_steps=100)
+    step(model, optimizer)
+    assert all(density < 1 for density in model.updater.densities.values())
+
+
+OTHER_USES = {
+    "of another weight": lambda x, v, u, g: F.linear(x, v * g) + F.linear(x, u * g),
+    "of an activation": lambda x, v, u, g: F.linear(x, v * g) + u.sum() + g.t(),
+    "of a product of both": lambda x, v, u, g: F.linear(x, v * g) * F.linear(x, u * g),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_a_parameter_beside_a_weight_keeps_the_gradient_of_its_other_uses(name: str) -> None:
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    mask[0] = False
+    dense = Reads(OTHER_USES[name], v=(4, 8), u=(4, 8), g=(4, 1))
+    model = sparsify(dense, masks={"v": mask}, exclude=["fc.*", "u", "g"], method="static")
+    dense.load_state_dict(model.state_dict(), strict=False)
+    for net in (model, dense):
+        net(torch.ones(2, 8)).square().sum().backward()
+    torch.testing.assert_close(model.g.grad, dense.g.grad)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own
+@pytest.mark.parametrize("training", [True, False])
+def test_transformed_weights_have_forward_derivatives(training: bool) -> None:
+    model, x = sparsify(TRANSFORMED["exponential"](), 0.5, method="static").train(training), torch.randn(4, 8)
+    parameters = dict(model.named_parameters())
+    ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+    _, tangent = torch.func.jvp(lambda p: functional_call(model, p, (x,)).sum(), (parameters,), (ones,))
+    gradients = torch.func.grad(lambda p: functional_call(model, p, (x,)).sum())(parameters)
+    torch.testing.assert_close(tangent, sum(g.sum() for g in gradients.values()))
+
+
+def test_sparse_constants_stay_in_the_graph() -> None:
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.adjacent = nn.Linear(8, 8), torch.eye(4).to_sparse()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.adjacent, self.fc(x))
+
+    assert list(graphs(sparsify(Neighbours(), 0.5))) == [""]
+
+
+def test_a_gain_of_0_comes_back_after_folding() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.g, self.out = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.zeros(4, 1)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.linear(x, (self.v - self.v.mean()) * (1 + self.g) * self.g))
+
+    model, x = sparsify(Gain(), {"v": 0.5}, method="static").eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        model.g[1] = 1
+    plain = fold(model)
+    with torch.no_grad():
+        model.g[0] = plain.g[0] = 2
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_folding_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    assert fold(sparsify(net, 0.5, method="static"))[1].weight.is_meta
+
+
+def test_dead_outputs_without_an_updater() -> None:
+    mask = torch.ones(32, 16, dtype=torch.bool)
+    mask[:3] = False
+    model = sparsify(perceptron(), masks={"0.weight": mask}, exclude=["2.*"], method="static")
+    model.updater.remove()
+    assert [layer.dead_outputs for layer in flop_report(model, (1, 16)).layers] == [3, 0]
+
+
+def test_asking_an_optimizer_leaves_no_trace() -> None:
+    model, seen = sparsify(perceptron(), 0.3, method=RigL(interval=1)), []
+    optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    model.updater.attach(optimizer, total_steps=100)
+    handle = register_optimizer_step_post_hook(lambda o, a, k: seen.append(o))
+    try:
+        F.cross_entropy(model(X), Y).backward()
+        state = torch.get_rng_state()
+        with torch.device("meta"):
+            optimizer.step()
+    finally:
+        handle.remove()
+    assert seen == [optimizer]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pictures_without_an_ending_and_pipes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = flop_report(sparsify(perceptron(), 0.5), (1, 16))
+    report.plot(str(tmp_path / "figure"))
+    assert (tmp_path / "figure.png").is_file()
+    read, write = os.pipe()
+    with replacing(f"/dev/fd/{write}") as place:
+        place.write_text("through")
+    os.close(write)
+    assert os.read(read, 100) == b"through"
+    os.close(read)
