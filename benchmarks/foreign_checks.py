@@ -13,6 +13,7 @@ from foreign_products import Products, torch_macs
 from torch import Tensor, nn
 
 from passes import masks_of
+from passes.copies import copied
 from sparsify import FlopReport, RigL, flop_report, fold, sparsify
 
 DENSITY, STEPS = 0.3, 8
@@ -56,7 +57,7 @@ class Subject:
     @cached_property
     def sparse(self) -> nn.Module:
         """The model with static masks."""
-        return sparsify(copy.deepcopy(self.model), DENSITY, method="static", inputs=self.inputs)
+        return sparsify(copied(self.model), DENSITY, method="static", inputs=self.inputs)
 
     @cached_property
     def report(self) -> FlopReport:
@@ -76,7 +77,7 @@ class Subject:
         """Say whether two dense runs agree bit for bit; raise `Skipped` where they do not agree at all."""
         exact = True
         for training in (True, False):
-            first, second = (run(copy.deepcopy(self.model), self.inputs, training) for _ in range(2))
+            first, second = (run(copied(self.model), self.inputs, training) for _ in range(2))
             if not first.outputs:
                 raise Skipped("no floating output")
             if difference(first, second, exact=False):
@@ -159,13 +160,13 @@ def same(subject: Subject) -> str:
     """At density 1 the sparsified model is the dense one: outputs, their types, gradients and buffers."""
     for options in ({}, {"inputs": subject.inputs}):
         try:
-            sparse = sparsify(copy.deepcopy(subject.model), 1.0, method="static", **options)
+            sparse = sparsify(copied(subject.model), 1.0, method="static", **options)
             break
         except ValueError as error:
             if options:
                 raise
             subject.notes.append(f"needs inputs=: {str(error).splitlines()[0]}")
-    dense = copy.deepcopy(subject.model)
+    dense = copied(subject.model)
     for training in (True, False):
         expected, got = (run(m, subject.inputs, training) for m in (dense, sparse))
         if wrong := difference(expected, got, subject.exact):
@@ -182,9 +183,9 @@ def coverage(subject: Subject) -> str:
 
 def macs(subject: Subject) -> str:
     """The dense MACs are half of what torch counts, and what torch does not count is told apart."""
-    counted, apart = torch_macs(copy.deepcopy(subject.model).eval(), subject.inputs, call)
+    counted, apart = torch_macs(copied(subject.model).eval(), subject.inputs, call)
     torch.manual_seed(0)
-    found = flop_report(copy.deepcopy(subject.model), subject.inputs).dense_macs
+    found = flop_report(copied(subject.model), subject.inputs).dense_macs
     if apart:
         subject.notes.append(f"torch does not count {', '.join(apart)}")
     expected = counted + sum(apart.values())
@@ -193,7 +194,7 @@ def macs(subject: Subject) -> str:
 
 def masked(subject: Subject) -> str:
     """Dropped weights have no gradient in training, and no effect in evaluation whatever is in them."""
-    sparse = copy.deepcopy(subject.sparse)
+    sparse = copied(subject.sparse)
     gradients = run(sparse, subject.inputs, True).gradients
     kept = {name: mask.mask for name, mask in masks_of(sparse).items()}
     leaks = [n for n, m in kept.items() if (g := gradients[n]) is not None and (g[~m] != 0).any()]
@@ -211,7 +212,7 @@ def masked(subject: Subject) -> str:
 def train(subject: Subject) -> str:
     """Over some steps with updates, counts stay, dropped weights stay 0, and weights stay finite."""
     method = RigL(interval=2)
-    sparse = sparsify(copy.deepcopy(subject.model), DENSITY, method=method, inputs=subject.inputs).train()
+    sparse = sparsify(copied(subject.model), DENSITY, method=method, inputs=subject.inputs).train()
     optimizer = torch.optim.SGD(sparse.parameters(), 0.01)
     counts = dict(sparse.updater.nonzeros)
     sparse.updater.attach(optimizer, total_steps=2 * STEPS)
@@ -228,7 +229,7 @@ def train(subject: Subject) -> str:
 
 
 def _trained(subject: Subject) -> nn.Module:
-    dense = copy.deepcopy(subject.model).train()
+    dense = copied(subject.model).train()
     optimizer = torch.optim.SGD(dense.parameters(), 0.01)
     for _ in range(STEPS):
         _step(dense, optimizer, subject.inputs)
@@ -248,7 +249,7 @@ def _finite(model: nn.Module) -> bool:
 def keep(subject: Subject) -> str:
     """Copies, loaded states and folded models give what the sparse model gives."""
     sparse = subject.sparse
-    fresh = copy.deepcopy(subject.model)
+    fresh = copied(subject.model)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.mul_(0.5)
