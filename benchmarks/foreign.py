@@ -1,10 +1,11 @@
 """Check the library against other people's models, and write FOREIGN.md.
 
-    python benchmarks/foreign.py [--write] [--only PATTERN] [--packages a,b] [--limit N] [--workers N]
+    python benchmarks/foreign.py [--write] [--only PATTERN] [--packages a,b] [--limit N] [--workers N] [--answers FILE]
 
 The packages live in an environment of their own, `.venv-foreign`, which is made on first use; the library is the checkout's,
 or whatever PYTHONPATH names first. Models are small, without weights, and nothing is downloaded to run them. Each is checked
-in a worker process, so that a crash or a hang costs one model.
+in a worker process, so that a crash or a hang costs one model. All of them take more than an hour on 2 cores: with --answers,
+each answer is kept in a file, and a run that was interrupted goes on from there.
 """
 
 import argparse
@@ -82,16 +83,22 @@ class Worker:
         return self.process
 
 
-def check_all(names: list[tuple[str, str]], workers: int) -> Found:
-    """Check models in worker processes; what was found, in the order of the names."""
+def check_all(names: list[tuple[str, str]], workers: int, answers: Path) -> Found:
+    """Check models in worker processes, but those of which a file has an answer; what was found, in the order of the names."""
+    lines = answers.read_text().splitlines() if answers.exists() else []
+    known: Found = {tuple(name): answer for name, answer in map(json.loads, lines)}
     idle: SimpleQueue[Worker] = SimpleQueue()
     for _ in range(workers):
         idle.put(Worker())
 
     def one(name: tuple[str, str]) -> dict[str, Any]:
+        if name in known:
+            return known[name]
         worker = idle.get()
         result = worker.check(*name)
         idle.put(worker)
+        with answers.open("a") as file:
+            print(json.dumps([name, result]), file=file)
         print("/".join(name), result.get("skipped") or result["failed"] or "ok", file=sys.stderr, flush=True)
         return result
 
@@ -136,12 +143,13 @@ def main() -> int:
     parser.add_argument("--packages", default="", help="names with commas between them; all by default")
     parser.add_argument("--limit", type=int, help="check the first of them only")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--answers", type=Path, default=Path(os.devnull), metavar="FILE", help="where answers are kept")
     options = parser.parse_args()
     if Path(sys.prefix) != VENV:
         return _within()
     from foreign_report import failures, totals
 
-    found = check_all(select(options), options.workers)
+    found = check_all(select(options), options.workers, options.answers)
     print(totals(found), failures(found), sep="\n\n")
     if options.write:
         TARGET.write_text(report(found, sys.argv[1:]))

@@ -86,7 +86,8 @@ def _models(found: Found) -> str:
 
 
 def _row(package: str, name: str, result: dict[str, Any]) -> tuple[Any, ...]:
-    size, outcome = f"{result.get('parameters', 0):,}", ", ".join(result["failed"]) or "ok"
+    size = f"{result['parameters']:,}" if "parameters" in result else ""
+    outcome = ", ".join(result["failed"]) or "ok"
     if "share" not in result:
         return package, name, size, "", "", "", "", outcome
     masked = f"{result['masked']} / {result['multiplied']}"
