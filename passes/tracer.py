@@ -165,7 +165,7 @@ class Tracer(TypedTracer):
         path = self.path_of_module(m)
         inside = self._gets_parameter(m, args, kwargs)
         if self.is_leaf_module(m, path) and not inside:
-            inspect.signature(m.forward).bind(*args, **kwargs)  # or TypeError, which the code may wait for
+            _check_call(m, args, kwargs)
             self._certain = returns_tensor(m)
             return super().call_module(m, forward, args, kwargs)
         last, refusals = next(iter(reversed(self.graph.nodes)), None), len(self._refusals)
@@ -175,6 +175,7 @@ class Tracer(TypedTracer):
                 self.through.add(path)
                 return result
         except Exception as error:  # whatever the user's code raises on a Proxy: `trace` goes on inside and says why
+            _check_call(m, args, kwargs)
             self.refused |= failing_function(error)
         del self._refusals[refusals:]
         self.state.restore(m)
@@ -243,6 +244,12 @@ class Tracer(TypedTracer):
         guard = self.create_proxy("call_function", expect_default, (proxy, parameter.default, name), {})
         guard.node.meta["is_wrapped"] = True  # generated code must keep the call when it is traced again
         return parameter.default
+
+
+def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise the TypeError that a call with arguments of other names would raise, which the caller's code may wait for."""
+    if kwargs:
+        inspect.signature(module.forward).bind(*args, **kwargs)
 
 
 def _may_be_none(node: fx.Node) -> bool:

@@ -375,6 +375,23 @@ def tries_an_argument(self: Any, x: Tensor) -> Tensor:
     return self.b(h)
 
 
+def tries_an_argument_of_a_users_module(self: Any, x: Tensor) -> Tensor:
+    try:
+        h = self.child(x, lengths=None)
+    except TypeError:
+        h = self.child(x) * 2
+    return self.b(h)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
 class MayReturnNone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -408,6 +425,7 @@ PRETENDING = {
     )
 } | {
     "asks_weights_of_attention": case(asks_weights_of_attention, attention=lambda: nn.MultiheadAttention(8, 2)),
+    "tries_an_argument_of_a_users_module": case(tries_an_argument_of_a_users_module, child=Own),
     "asks_a_child_that_returns_none": case(asks_a_child_that_returns_none, child=MayReturnNone),
 }
 
