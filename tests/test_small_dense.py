@@ -88,7 +88,8 @@ def test_plain_layers_of_awkward_sizes(sizes: tuple, shapes: list) -> None:
 def test_the_language_model_shrinks_throughout() -> None:
     model = CharGRU()  # whose first readout is as wide as there are classes
     small = small_dense(model, 0.1, torch.zeros(1, 8, dtype=torch.long))
-    assert (small.gru.hidden_size, small.readout1.out_features, small.head.out_features) == (151, 76, 256)
+    # One factor would give 76 to the readout; 80 uses what whole numbers leave of the budget.
+    assert (small.gru.hidden_size, small.readout1.out_features, small.head.out_features) == (151, 80, 256)
     assert small.embedding.weight.std().item() == pytest.approx(1.0, abs=0.05)
     with pytest.raises(ValueError, match="takes a dense model"):
         small_dense(sparsify(model, 0.1), 0.5, torch.zeros(1, 8, dtype=torch.long))
