@@ -67,13 +67,10 @@ def _needed(module: Captured) -> dict[fx.Node, Tensor]:
     """Return the masked values of transformed weights that without their mask would be others."""
     graphs = dict.fromkeys(module._graphs.values())
     outer = [n for g in graphs for n in g.nodes if n.op == "call_module" and n.kwargs.get("role") == OUTER]
-    found = {}
+    found, computed = {}, Computed(module, meta=False)
     for node in outer:
-        computed = Computed(module, meta=False)
-        masked = computed.value(node)
-        if not masked.is_meta and not torch.equal(
-            computed.value(node.all_input_nodes[0]), masked
-        ):  # NaN differs from itself
+        raw, masked = computed.value(node.all_input_nodes[0]), computed.value(node)
+        if not masked.is_meta and not torch.equal(raw, masked):  # NaN differs from itself
             found[node] = masked.clone()
     return found
 

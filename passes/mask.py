@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.host import Guest
-from passes.shards import is_sharded
+from passes.shards import is_sharded, local
 from passes.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, zero_dropped_
 
 _STRAY = (
@@ -137,7 +137,7 @@ class Mask(Guest):
         if weight.is_meta or weight.is_inference() or is_sharded(weight):
             return False
         before, written = self._looked[:2]
-        if before != _trace(weight) or written != self._written():
+        if before != trace_of(weight) or written != self._written():
             kept = not bool((weight.detach() != 0).logical_and_(~self.mask).any())
             own = self._own is not None and self._own() is weight
             if not kept and own and written != self._written():
@@ -147,7 +147,7 @@ class Mask(Guest):
             elif not kept and own and not self._said:
                 self._said = True
                 warnings.warn(_STRAY, stacklevel=2)
-            self._looked = _trace(weight), self._written(), kept
+            self._looked = trace_of(weight), self._written(), kept
         return self._looked[2]
 
     def extra_repr(self) -> str:
@@ -164,9 +164,9 @@ class Mask(Guest):
         self._looked = None, self._written(), False
 
 
-def _trace(weight: Tensor) -> tuple[int, int]:
+def trace_of(weight: Tensor) -> tuple[int, int]:
     """Return what changes when a weight is written to: writes in place raise its version, `weight.data = ...` moves it."""
-    return weight._version, weight.data_ptr()
+    return weight._version, local(weight).data_ptr()
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:

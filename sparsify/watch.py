@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from passes.mask import trace_of
 from passes.shards import local, own_part
 from passes.zeros import zero_dropped_
 from sparsify import optimizers as opt
@@ -45,7 +46,7 @@ class Watch:
 
         Writes through `weight.data` leave no trace; the next look at the gradients masks those.
         """
-        traces = [_trace(b) for b in self.bound]
+        traces = [trace_of(b.weight) for b in self.bound]
         for b, trace, last in zip(self.bound, traces, self._traces or [None] * len(traces), strict=True):
             if trace != last:
                 zero_dropped_(b.weight, b.mask.mask)
@@ -94,13 +95,8 @@ class Watch:
 
     def after_step(self) -> None:
         """Remember the weights as the step, and an update after it, left them."""
-        self._traces = [_trace(b) for b in self.bound]
+        self._traces = [trace_of(b.weight) for b in self.bound]
         self.fresh = False
-
-
-def _trace(b: Bound) -> tuple[int, int]:
-    """Return what changes when a weight is written to: writes in place raise its version, `weight.data = ...` moves it."""
-    return b.weight._version, local(b.weight).data_ptr()
 
 
 def _counts(b: Bound, gradient: Tensor) -> Tensor:
