@@ -13,7 +13,7 @@ from foreign_products import Products, torch_macs
 from torch import Tensor, nn
 
 from passes import masks_of
-from passes.copies import copied
+from passes.capture.copies import copied
 from sparsify import FlopReport, RigL, flop_report, fold, sparsify
 
 DENSITY, STEPS = 0.3, 8

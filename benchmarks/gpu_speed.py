@@ -11,7 +11,7 @@ from torchvision import models
 from workload import Row, interleave, ratio
 
 from sparsify import RigL, Static, sparsify
-from sparsify.topology import select
+from sparsify.methods.selection import select
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from sparsify import (
     small_dense,
     sparsify,
 )
-from sparsify.files import replacing
+from sparsify.saving.files import replacing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 30

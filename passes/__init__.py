@@ -1,12 +1,12 @@
 """Graph passes: what a model computes, and how to rewrite it onto masks. Knows nothing of training methods."""
 
-from passes.capture import Capture, trace
-from passes.captured import Captured, graphs, install
-from passes.fold import fold_
-from passes.mask import Mask, masks_of
-from passes.masking import mask_weights
-from passes.shapes import record
-from passes.sites import Site, find_sites
+from passes.capture.captured import Captured, graphs, install
+from passes.capture.regions import Capture, trace
+from passes.counting.run import record
+from passes.masking.fold import fold_
+from passes.masking.mask import Mask, masks_of
+from passes.masking.rewrite import mask_weights
+from passes.weights.sites import Site, find_sites
 
 __all__ = [
     "Capture",

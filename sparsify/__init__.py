@@ -8,21 +8,22 @@ if not hasattr(passes, "mask_weights"):
         f"that one, or start Python from elsewhere."
     )
 
-from passes.captured import graphs
+from passes.capture.captured import graphs
+from passes.channels.small_dense import small_dense
 from sparsify.api import fold, sparsify
-from sparsify.checkpoints import load_checkpoint, save_checkpoint
-from sparsify.flops import flop_report
-from sparsify.history import Topology
-from sparsify.ledger import CostLedger, cost_ledger
-from sparsify.method import Method, Updates
-from sparsify.methods import SET, SNFS, RigL, Static
-from sparsify.pruning import GMP, SNIP
-from sparsify.ranks import ignore_in_ddp
-from sparsify.report import FlopReport
-from sparsify.small_dense import small_dense
-from sparsify.sparse_files import load_sparse, read_sparse, save_sparse
-from sparsify.structured import NM, SRigL
-from sparsify.views import draw_graph, graph_table
+from sparsify.costs.flops import flop_report
+from sparsify.costs.ledger import CostLedger, cost_ledger
+from sparsify.costs.report import FlopReport
+from sparsify.costs.views import draw_graph, graph_table
+from sparsify.methods import scores
+from sparsify.methods.method import Method, Updates
+from sparsify.methods.pruning import GMP, SNIP
+from sparsify.methods.published import SET, SNFS, RigL, Static
+from sparsify.methods.structured import NM, SRigL
+from sparsify.saving.checkpoints import load_checkpoint, save_checkpoint
+from sparsify.saving.sparse_files import load_sparse, read_sparse, save_sparse
+from sparsify.training.ranks import ignore_in_ddp
+from sparsify.training.state import Topology
 
 __all__ = [
     "GMP",
@@ -50,6 +51,7 @@ __all__ = [
     "read_sparse",
     "save_checkpoint",
     "save_sparse",
+    "scores",
     "small_dense",
     "sparsify",
 ]

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture import Capture, trace
-from passes.captured import install
-from passes.copies import copied
-from passes.fold import fold_, unmask_
-from passes.mask import Mask, masks_of, zero_dropped_weights_
-from passes.masking import check_masked, mask_weights
+from passes.capture.captured import install
+from passes.capture.copies import copied
+from passes.capture.lint import check_graphs
+from passes.capture.regions import Capture, trace
+from passes.capture.verify import faithful_capture
+from passes.counting.inputs import forward_values
+from passes.counting.tally import tally
+from passes.masking.fold import fold_, unmask_
+from passes.masking.mask import Mask, masks_of, zero_dropped_weights_
+from passes.masking.rewrite import check_masked, mask_weights
 from passes.shards import refuse_shards
-from passes.sites import Site, find_sites
-from passes.verify import faithful_capture
-from sparsify.allocation import allocate, check_given, density_for, given_masks, why_dense
+from passes.weights.reasons import Reason, Why
+from passes.weights.sites import Site, find_sites
 from sparsify.checks import (
     as_patterns,
     as_seed,
@@ -28,15 +31,17 @@ from sparsify.checks import (
     matching_paths,
     resolve,
 )
-from sparsify.distributions import DISTRIBUTIONS, Distribution
-from sparsify.flops import products_of, with_values
-from sparsify.initialization import rescale_to_fan_in
-from sparsify.layouts import ELEMENTS
-from sparsify.lookup import updater_of, where_sparse
-from sparsify.method import Goal, Method
-from sparsify.methods import METHODS
-from sparsify.ranks import ignore_in_ddp
-from sparsify.updater import Updater
+from sparsify.density.allocation import allocate, density_for, why_dense
+from sparsify.density.coverage import dense_by_rule
+from sparsify.density.distributions import DISTRIBUTIONS, Distribution
+from sparsify.density.given import check_given, given_masks
+from sparsify.methods.initial_values import INITS
+from sparsify.methods.layouts import ELEMENTS
+from sparsify.methods.method import Goal, Method
+from sparsify.methods.published import METHODS
+from sparsify.training.lookup import updater_of, where_sparse
+from sparsify.training.ranks import ignore_in_ddp
+from sparsify.training.updater import Updater
 
 Patterns = Mapping[str, float]
 
@@ -109,7 +114,7 @@ def sparsify(
     distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     check_budget(density, flops, inputs, _fixed_by(method, masks, flops))
-    adapt_weights = resolve(init, INITS, "init")
+    set_weights = resolve(init, INITS, "init")
     seed = as_seed(seed)
     exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
@@ -121,27 +126,29 @@ def sparsify(
 
     model = model if inplace else copied(model)
     capture = _verified(model, paths, inputs) if verify else trace(model, paths)
-    multiplied = products_of(model, inputs)[0] if inputs is not None else None
-    sites = find_sites(model, capture, included, multiplied)
-    rules = _dense_by_rule(sites, excluded, method)
-    candidates = [site for site in sites if site.name not in rules]
-    if masks is not None:
-        given = check_given(masks, given, candidates, rules)
-        counts = {name: int(mask.sum()) for name, mask in given.items()}
-    else:
-        if flops is not None:
-            density = density_for(model, candidates, distribution, method.layout, flops, inputs)
-        counts = allocate(candidates, density, distribution, method.layout)
-    rules |= {site.name: why_dense(site, density, distribution) for site in candidates if site.name not in counts}
+    check_graphs("capture", model, capture.regions)
+    costs = tally(model, inputs) if inputs is not None else None
+    sites = find_sites(model, capture, included, costs.ops if costs else None)
+    reasons = dense_by_rule(sites, excluded, method.layout.refuse)
+    candidates = [site for site in sites if site.name not in reasons]
+    given = check_given(masks, given, candidates, reasons) if masks is not None else {}
+    if flops is not None and costs:
+        density = density_for(flops, costs.weights, costs.macs, candidates, distribution, method.layout.count)
+    density = {"*": 1.0} if method.layout.fixed else density
+    counts = {name: int(mask.sum()) for name, mask in given.items()} or allocate(
+        candidates, density, distribution, method.layout.count
+    )
+    reasons |= {s.name: why_dense(s, density, distribution) for s in candidates if s.name not in counts}
     masked = [site for site in candidates if site.name in counts]
     check_names(model, [site.name for site in masked])
     goals = {site.name: Goal(counts[site.name], method.layout.unit(site), site.uses[0].out_dim) for site in masked}
-    drawn = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
-    model = install(mask_weights(model, capture, drawn), capture)
+    first = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
+    model = install(mask_weights(model, capture, first), capture)
+    check_graphs("masking", model, capture.regions)
     _check_reads(model, inputs if capture.opaque else None)
     zero_dropped_weights_(model)
-    adapt_weights(model, sites)
-    model.updater = Updater(model, method, goals, rules, seed)
+    set_weights(model, sites)
+    model.updater = Updater(model, method, goals, reasons, seed)
     ignore_in_ddp(model)
     return model
 
@@ -181,11 +188,12 @@ def fold(model: nn.Module) -> nn.Module:
     return fold_(plain)
 
 
-def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, str]:
+def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, Reason]:
     """Say of the weights that are to stay dense why: by a pattern, or as in the model that masks are taken of."""
-    found = {name: f"excluded by {pattern!r}" for pattern in patterns for name in matching([pattern], names, "exclude")}
+    by_pattern = {p: matching([p], names, "exclude") for p in patterns}
+    found = {name: Reason(Why.RULE, f"excluded by {p!r}") for p, matches in by_pattern.items() for name in matches}
     updater = updater_of(masks) if isinstance(masks, nn.Module) else None
-    return found | {name: why for name, why in (updater.rules if updater else {}).items() if name in names}
+    return found | {name: why for name, why in (updater.reasons if updater else {}).items() if name in names}
 
 
 def _fixed_by(method: Method, masks: Any, flops: float | None) -> str:
@@ -204,28 +212,9 @@ def _fixed_by(method: Method, masks: Any, flops: float | None) -> str:
     return "masks"
 
 
-def _dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, str], method: Method) -> dict[str, str]:
-    if not sites:
-        raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
-    reasons = {s.name: excluded.get(s.name) or s.problem or method.layout.refuse(s) for s in sites}
-    rules = {name: why for name, why in reasons.items() if why}
-    for name, why in rules.items():
-        if why.startswith("unknown"):
-            raise ValueError(
-                f"{name} may be a weight or not: {why.removeprefix('unknown: ')}. Keep it dense with exclude=[{name!r}], or "
-                f"mask it as it is read with include=[{name!r}]."
-            )
-    if len(rules) == len(sites):
-        raise ValueError(
-            f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in rules.items())}. To mask a "
-            f"weight as it is read, whatever reads it, name it in include=[...]."
-        )
-    return rules
-
-
 def _verified(model: nn.Module, blocks: Sequence[str], inputs: Any) -> Capture:
     """Trace a model, and compare what the graphs compute with what it computes."""
-    capture = faithful_capture(model, blocks, *with_values(model, inputs))
+    capture = faithful_capture(model, blocks, *forward_values(model, inputs))
     for path, reason in capture.opaque.items():
         if reason.startswith("verification"):
             warnings.warn(f"{path or type(model).__name__!r} stays Python code. {reason.capitalize()}.", stacklevel=3)
@@ -235,7 +224,7 @@ def _verified(model: nn.Module, blocks: Sequence[str], inputs: Any) -> Capture:
 def _check_reads(model: nn.Module, inputs: Any) -> None:
     """Raise, and undo the rewrite, if something reads a masked weight past its mask."""
     check_masked(model)
-    past = products_of(model, inputs)[1] if inputs is not None else []
+    past = tally(model, inputs).past_masks if inputs is not None else []
     if past:
         unmask_(model)
         name = past[0].partition(" ")[0]
@@ -258,17 +247,3 @@ def _mask(model: nn.Module, site: Site, goal: Goal, given: torch.Tensor | None, 
     else:
         mask = method.layout.draw(site, count, seed)
     return Mask(torch.empty_like(weight, dtype=torch.bool).copy_(mask), count)
-
-
-def _keep_weights(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Leave kept weights as they are."""
-
-
-def _rescale_weights(model: nn.Module, sites: Sequence[Site]) -> None:
-    masks = masks_of(model)
-    for site in sites:
-        if site.name in masks:
-            rescale_to_fan_in(model.get_parameter(site.name), masks[site.name].mask, site.uses[0].out_dim)
-
-
-INITS = {"keep": _keep_weights, "fan_in": _rescale_weights}

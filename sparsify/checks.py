@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from passes.mask import masks_of
+from passes.masking.mask import masks_of
 
 T = TypeVar("T")
 

@@ -45,6 +45,16 @@ PARTS = [name for name in ZOO if any(part in name for part in PYTHON_AT_THE_ROOT
 WHOLE = [name for name in ZOO if name not in PARTS]
 
 
+def size(name: str) -> int:
+    """Return how many parameters a torchvision model has, as its published weights say."""
+    return next((w.meta["num_params"] for w in models.get_model_weights(name)), 10**9)
+
+
+# The smallest model of each of torchvision's files, quantized ones apart: these run on values, the others on shapes.
+FAMILIES = [models.get_model_builder(name).__module__ for name in ZOO]
+SMALLEST = {min((n for n, f in zip(ZOO, FAMILIES, strict=True) if f == family), key=size) for family in FAMILIES}
+
+
 def input_shape(name: str, small: bool = False) -> tuple[int, ...]:
     """Return an input shape that a torchvision model takes: its usual one, or a small one where the model allows it."""
     fixed = any(part in name for part in ("vit_", "maxvit", "mvit", "s3d", "inception"))

@@ -39,7 +39,7 @@ from sparsify import (
     save_sparse,
     sparsify,
 )
-from sparsify.method import Method
+from sparsify.methods.method import Method
 
 # Processes fork from a server that has imported what takes time and run nothing.
 multiprocessing.get_context("forkserver").set_forkserver_preload(

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
 from sparsify import GMP, RigL, flop_report, fold, graph_table, graphs, load_sparse, save_sparse, sparsify
-from sparsify.files import replacing
+from sparsify.saving.files import replacing
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4
 

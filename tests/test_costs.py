@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Functional, SmallNet
 from networks import WideResNet22
+from sparsify.methods.spending import forecast
 from torch import nn
 from torchvision import models
 
@@ -29,8 +30,7 @@ from sparsify import (
     graph_table,
     sparsify,
 )
-from sparsify.distributions import DISTRIBUTIONS, erk, kept
-from sparsify.spending import forecast
+from sparsify.density.distributions import DISTRIBUTIONS, erk, kept
 
 
 def meta(name: str) -> nn.Module:

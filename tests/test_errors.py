@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from passes import trace
 from sparsify import Method, RigL, flop_report, fold, graph_table, graphs, sparsify
-from sparsify.scores import LayerState
+from sparsify.methods.scores import LayerState
 
 BAD_CALLS = {
     "no budget": ({}, "exactly one of density and flops"),

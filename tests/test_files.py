@@ -34,8 +34,8 @@ from sparsify import (
     save_sparse,
     sparsify,
 )
-from sparsify.files import replacing
-from sparsify.sparse_files import _digest
+from sparsify.saving.files import replacing
+from sparsify.saving.sparse_files import _digest
 
 
 class Tied(nn.Module):

@@ -11,8 +11,8 @@ from models import Functional, SmallNet
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from passes.mask import Mask
-from passes.zeros import zero_dropped_
+from passes.masking.mask import Mask
+from passes.masking.zeros import zero_dropped_
 from sparsify import fold, graphs, sparsify
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

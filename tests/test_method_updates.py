@@ -12,10 +12,10 @@ from test_updates import X, Y, train
 from torch import nn
 
 from sparsify import GMP, NM, SET, SNFS, SNIP, Method, RigL, SRigL, sparsify
-from sparsify.initialization import uniform_numbers
-from sparsify.plans import apportion, prune_global
-from sparsify.schedules import DROP_SCHEDULES, cubic
-from sparsify.scores import LayerState, weight
+from sparsify.density.random_masks import uniform_numbers
+from sparsify.methods.how_many import apportion, prune_global
+from sparsify.methods.schedules import DROP_SCHEDULES, cubic
+from sparsify.methods.scores import LayerState, weight
 
 # Updates by hand. One linear layer; weights, gradient and mask before -> mask after. Half of the active weights are dropped.
 half = {"interval": 1, "drop_fraction": 0.5, "end_fraction": 1.0, "drop_schedule": "constant"}

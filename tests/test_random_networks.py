@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes import find_sites, trace
 from sparsify import flop_report, sparsify
-from sparsify.distributions import DISTRIBUTIONS, kept
+from sparsify.density.distributions import DISTRIBUTIONS, kept
 
 WIDTH = 8
 KINDS = (

@@ -121,17 +121,6 @@ def test_what_was_found_stays_found_when_a_group_is_added() -> None:
     run(model, optimizer, loss, 3)
 
 
-def test_gradients_that_are_not_finite_say_nothing() -> None:
-    model, optimizer = attached(Static())
-    optimizer.zero_grad()
-    F.cross_entropy(model(X), Y).backward()
-    for parameter in model.parameters():
-        parameter.grad.fill_(torch.nan)
-    watch = model.updater._attached[0]._watch
-    watch.look(1, updated=False, with_others=True)
-    assert not watch._moved
-
-
 # Weights that others write
 
 

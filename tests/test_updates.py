@@ -12,7 +12,7 @@ from models import SmallNet
 from torch import Tensor, nn
 
 from sparsify import SNFS, RigL, Static, sparsify
-from sparsify.topology import _select_on_cpu, _select_on_device, drop_and_grow, select
+from sparsify.methods.selection import _select_on_cpu, _select_on_device, drop_and_grow, select
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 10

@@ -3,8 +3,8 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sparsify.lookup import sparse_models
-from sparsify.ranks import ignore_in_ddp
+from sparsify.training.lookup import sparse_models
+from sparsify.training.ranks import ignore_in_ddp
 
 
 class SparseTraining(Callback):

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from sparsify.lookup import sparse_models
+from sparsify.training.lookup import sparse_models
 
 
 class SparseTraining(TrainerCallback):

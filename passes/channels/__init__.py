@@ -1,0 +1,1 @@
+"""Channels: the same network with other widths."""

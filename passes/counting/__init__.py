@@ -1,0 +1,1 @@
+"""Counting: what a forward pass costs, by shapes alone."""

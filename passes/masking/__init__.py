@@ -1,0 +1,1 @@
+"""Masking: one mask and its rule, the rewrite that uses weights through masks, and the way back."""

@@ -1,0 +1,1 @@
+"""Weights: which parameters of a model multiply activations, and where."""

@@ -1,0 +1,106 @@
+"""Options of the command line."""
+
+import argparse
+
+from sparsify.density.distributions import DISTRIBUTIONS
+from sparsify.methods.published import METHODS
+
+VERIFIED = 250_000_000  # MACs, up to which a model is compared with its graphs unless told otherwise: seconds
+_EXAMPLES = """examples:
+  sparsify resnet50 --density 0.1                          the report at 10% density, ERK
+  sparsify resnet50 --flops 0.25                           the density that costs a quarter of the dense FLOPs
+  sparsify resnet50 --density 0.1 --distribution uniform,er,erk
+                                                           the distributions side by side
+  sparsify vit_b_16 --density 0.2 --graph                  the rewritten graph as a table
+  sparsify swin_t --density 0.2 --coverage                 what became of every weight
+  sparsify resnet18 --density 0.1 --graph graph.svg --plot layers.png --json report.json
+  sparsify my_package.models:make_net --input 1x3x32x32 --density 0.05 --exclude 'head.*'
+
+exit status: 0 done, 1 the model or a request does not work out (the message says why), 2 the command line is wrong"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="sparsify",
+        description="Make a PyTorch model sparse and say what it costs: parameters, FLOPs and bytes, layer by layer. "
+        "Nothing is trained and nothing downloaded; counting needs no forward pass.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)"
+    )
+    budget = result.add_mutually_exclusive_group()
+    budget.add_argument("--density", type=float, metavar="D", help="fraction of the weights to keep, in (0, 1]")
+    budget.add_argument("--flops", type=float, metavar="F", help="fraction of the dense FLOPs to keep, in (0, 1]")
+    result.add_argument(
+        "--distribution",
+        default="erk",
+        metavar="NAME[,NAME...]",
+        help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)}; several print a comparison (default: erk)",
+    )
+    result.add_argument(
+        "--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)"
+    )
+    result.add_argument(
+        "--input",
+        type=_shape,
+        default=None,
+        metavar="1x3x224x224",
+        help="input shape (default: 1x3x224x224; video 1x3x16x224x224)",
+    )
+    _add_choices(result)
+    _add_outputs(result)
+    return result
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that stay dense: fnmatch patterns such as 'fc.*'",
+    )
+    parser.add_argument(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that are masked whatever reads them: fnmatch patterns such as 'embedding.weight'",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help=f"run the model and its graphs on random inputs and compare (default: up to {VERIFIED // 10**6} million "
+        f"MACs)",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--graph",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)",
+    )
+    parser.add_argument(
+        "--coverage",
+        action="store_true",
+        help="list every weight that the model consumes: masked, dense by which rule, or unsupported and why",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1x3x224x224")
+    return shape

@@ -1,0 +1,1 @@
+"""Density: how many weights every layer keeps, and which at first."""

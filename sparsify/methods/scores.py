@@ -1,0 +1,110 @@
+"""Scores: how much each weight of a layer matters, as pure functions of what an update can see.
+
+A score is a function of a `LayerState` that returns a tensor of the weight's shape; weights rank by its absolute value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passes.shards import whole
+from sparsify.density.random_masks import uniform_numbers
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What an update sees of one masked weight.
+
+    `weight`, `gradient` and `momentum` are whole: what FSDP shards is gathered when they are read, so that one layer at a time
+    is. `gradient` and `momentum` are None unless the method asks for them; the gradient is dense, dropped positions included.
+    """
+
+    name: str
+    weight_part: Tensor  # of this rank, where weights are sharded; likewise below
+    mask: Tensor  # bool, the same shape
+    nonzeros: int  # True elements of the mask
+    target: int  # how many of them the distribution gives it
+    unit: int  # weights that are dropped or grown together
+    out_dim: int | None  # the weight's dimension that indexes outputs, where it is known
+    gradient_part: Tensor | None
+    momentum_part: Tensor | None  # exponential moving average of the gradient
+    step: int  # optimizer steps, counted from 1
+    seed: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter."""
+        return whole(self.weight_part)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Its gradient."""
+        return whole(self.gradient_part)
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """The moving average of its gradient."""
+        return whole(self.momentum_part)
+
+
+Score = Callable[[LayerState], Tensor]
+
+
+def weight(layer: LayerState) -> Tensor:
+    """Score by |w|."""
+    return layer.weight
+
+
+def gradient(layer: LayerState) -> Tensor:
+    """Score by |dL/dw| (RigL, arXiv 1911.11134)."""
+    assert layer.gradient is not None
+    return layer.gradient
+
+
+def momentum(layer: LayerState) -> Tensor:
+    """Score by the moving average of the gradient (SNFS, arXiv 1907.04840)."""
+    assert layer.momentum is not None
+    return layer.momentum
+
+
+def saliency(layer: LayerState) -> Tensor:
+    """Score by |w * dL/dw|, the connection sensitivity of SNIP (arXiv 1810.02340, equation 4)."""
+    return layer.weight * gradient(layer)
+
+
+def chance(layer: LayerState) -> Tensor:
+    """Score at random (SET, arXiv 1707.04780), keyed by (seed, step, name): equal on every rank, device and resume."""
+    numbers = uniform_numbers(layer.weight.numel(), layer.seed, layer.name, layer.step)
+    return torch.from_numpy(numbers).view(layer.weight.shape).to(layer.weight.device)
+
+
+_OWN = (weight, gradient, momentum)  # seen to be finite before an update
+
+
+def evaluate(score: Score, layer: LayerState, among: Tensor) -> Tensor:
+    """Return a score of a layer, checked, since it may be anybody's function.
+
+    Args:
+        score: the function.
+        layer: what it sees.
+        among: bool, the weight's shape: where the score decides. NaN elsewhere counts as 0, and on a device that one would
+            have to wait for it does everywhere.
+
+    Raises:
+        ValueError: it returned no tensor of real numbers of the weight's shape, or NaN where it decides.
+    """
+    result = score(layer)
+    if score in _OWN:
+        return result
+    name, shape = getattr(score, "__name__", score), tuple(among.shape)
+    if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.is_complex():
+        found = f"{tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        raise ValueError(
+            f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}."
+        )
+    result = result if result.is_floating_point() else result.float()
+    if result.device.type == "cpu" and (result.isnan() & among).any():
+        raise ValueError(f"The score {name} returned NaN for {layer.name}, where it has to decide.")
+    return result.nan_to_num(0.0, torch.inf, -torch.inf)

@@ -1,0 +1,1 @@
+"""Saving: checkpoints and sparse files that are whole or not there."""

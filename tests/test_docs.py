@@ -1,0 +1,116 @@
+"""README and docs: every block of Python and every command in them runs."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torchvision
+from torch import distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsify import cli, flop_report, sparsify
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SAMPLES = TensorDataset(torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))
+
+
+class Net(nn.Module):
+    """What the pages call `net`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU())
+        self.fc = nn.Linear(1568, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layers(x).flatten(1))
+
+
+class Module(lightning.LightningModule):
+    """What the pages call `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def train(model: nn.Module) -> None:
+    """Take a step with every optimizer that is attached."""
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    for hooks in model.updater._attached:
+        hooks.optimizer.step()
+
+
+def names() -> dict[str, Any]:
+    """What the pages take for given."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return {
+        "torch": torch,
+        "sparsify": sparsify,
+        "flop_report": flop_report,
+        "loader": DataLoader(SAMPLES, batch_size=2),
+        "epochs": 100,
+        "loss_fn": nn.functional.cross_entropy,
+        "net": Net(),
+        "initial": Net(),
+        "trained": Net(),
+        "module": Module(),
+        "quiet": {"accelerator": "cpu", "limit_train_batches": 1, **quiet},
+        "train": train,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, with a model of one's own, and a group of one process."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_package.py").write_text("from test_docs import Net\nmake_net = Net\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield tmp_path
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of lightning's, about workers and steps that are few
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_everything_on_a_page_runs(page: Path, folder: Path) -> None:
+    known = names()
+    blocks = BLOCK.findall(page.read_text())
+    assert blocks
+    for language, code in blocks:
+        if language == "python":
+            exec(compile(code, page.name, "exec"), known)  # noqa: S102
+        for command in code.splitlines() if language == "console" else ():
+            program, *arguments = shlex.split(command)
+            assert program == "sparsify"
+            assert cli.main(arguments) == 0, command
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_readme_is_short_and_its_report_is_real() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 170
+    with torch.device("meta"):
+        model = sparsify(torchvision.models.resnet50(), density=0.1)
+    printed = str(flop_report(model, (1, 3, 224, 224))).splitlines()
+    (report,) = [code for _, code in BLOCK.findall(text) if code.startswith("layer ")]
+    for line in report.splitlines():
+        assert line == "..." or line in printed, line
