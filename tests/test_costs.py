@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Functional, SmallNet
 from networks import WideResNet22
-from sparsify.methods.spending import forecast
 from torch import nn
 from torchvision import models
 
@@ -31,6 +30,7 @@ from sparsify import (
     sparsify,
 )
 from sparsify.density.distributions import DISTRIBUTIONS, erk, kept
+from sparsify.methods.costs import forecast
 
 
 def meta(name: str) -> nn.Module:

@@ -56,7 +56,12 @@ def train(model: nn.Module) -> None:
 
 def names() -> dict[str, Any]:
     """What the pages take for given."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return {
         "torch": torch,
         "sparsify": sparsify,
@@ -84,7 +89,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of lightning's, about workers and steps that are few
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # lightning's own
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_everything_on_a_page_runs(page: Path, folder: Path) -> None:
     known = names()

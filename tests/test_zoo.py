@@ -15,7 +15,6 @@ from passes import trace
 from sparsify import RigL, flop_report, fold, graphs, sparsify
 from sparsify.cli import load_model
 
-
 LARGE_TO_TRAIN = 12_000_000  # parameters
 
 
