@@ -18,8 +18,7 @@ DIFFUSERS: Listed = {
         (random(2, 2, 64), STEP),
     ),
     "UNet2DModel": (
-        UNET
-        | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
+        UNET | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
         (IMAGES, STEP),
     ),
     "UNet2DConditionModel": (CROSS | UP, (LATENTS, STEP, WORDS)),

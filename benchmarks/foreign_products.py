@@ -38,9 +38,7 @@ class Products(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.multiplied: set[str] = set()
-        self._known: dict[
-            int, tuple[Tensor, frozenset[str]]
-        ] = {}  # the tensor is kept, so that its storage stays its own
+        self._known: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor is kept, so that its storage stays its own
         self._sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         for tensor in model.buffers():
             self._known[_storage(tensor)] = (tensor, frozenset())

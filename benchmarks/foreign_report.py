@@ -39,9 +39,7 @@ def totals(found: Found) -> str:
     """Return the table of packages."""
     packages = dict.fromkeys(package for package, _ in found)
     rows = [_total(package, [f for (p, _), f in found.items() if p == package]) for package in packages]
-    return _table(
-        [*rows, _total("all", list(found.values()))], "package", "tried", "ran densely", "passed all", "share"
-    )
+    return _table([*rows, _total("all", list(found.values()))], "package", "tried", "ran densely", "passed all", "share")
 
 
 def _total(package: str, results: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -127,9 +127,7 @@ def selection_rows(size: Size, device: torch.device) -> list[Row]:
             "histograms": timed(device, lambda k=k: by_histograms(scores.abs(), k)),
         }
         seconds = interleave(cases, size.rounds)
-        rows.append(
-            Row(f"select {kept:g} of {size.weights:,}: topk / two histograms", "", ratio(seconds, "now", "histograms"))
-        )
+        rows.append(Row(f"select {kept:g} of {size.weights:,}: topk / two histograms", "", ratio(seconds, "now", "histograms")))
     return rows
 
 

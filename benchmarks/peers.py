@@ -48,9 +48,7 @@ def ratio_table(found: dict[str, dict[str, Any]]) -> str:
 
 def feature_table(found: dict[str, dict[str, Any]]) -> str:
     """What every library does, each cell from running it (`features.py`)."""
-    rows = [
-        (name, *(figures["features"][name] for figures in found.values())) for name in found["sparsify"]["features"]
-    ]
+    rows = [(name, *(figures["features"][name] for figures in found.values())) for name in found["sparsify"]["features"]]
     return tabulate(rows, ["feature", *_heads(found)], "github", disable_numparse=True)
 
 

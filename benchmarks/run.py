@@ -38,9 +38,7 @@ from workload import (
 from sparsify import GMP, NM, Method, RigL, SRigL, Static, flop_report, sparsify
 
 
-def sparse_trainer(
-    model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], method: Method, steps: int = FOREVER
-) -> Trainer:
+def sparse_trainer(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], method: Method, steps: int = FOREVER) -> Trainer:
     """The sparse side of a ratio, with the updater attached."""
     model = sparsify(model, None if method.layout.fixed else DENSITY, method=method)
     optimizer = sgd(model)
@@ -108,9 +106,7 @@ def update_rows(repeats: int) -> list[Row]:
     cases = {name: timed_update(sparse_trainer(resnet50(), data, method, steps)) for name, method in methods.items()}
     seconds = interleave(cases, repeats)
     goals = {"RigL redistributed by gradient": "<= 3", "GMP global": "<= 3"}
-    return [
-        Row(f"ResNet-50 update: {n} / RigL", goals.get(n, ""), ratio(seconds, n, "RigL")) for n in list(methods)[1:]
-    ]
+    return [Row(f"ResNet-50 update: {n} / RigL", goals.get(n, ""), ratio(seconds, n, "RigL")) for n in list(methods)[1:]]
 
 
 def sparsify_row(repeats: int) -> Row:
@@ -162,9 +158,7 @@ def memory_table() -> str:
         ("masks / the weights they mask", "0.250", f"{masks / weights:.3f}"),
     ]
     size = f"dense peak {dense_peak / 1e6:.1f} MB, masked peak {sparse_peak / 1e6:.1f} MB, masks {masks / 1e6:.1f} MB"
-    return (
-        tabulate(rows, ["ResNet-18 memory", "dense + masks", "ratio"], "github", disable_numparse=True) + "\n\n" + size
-    )
+    return tabulate(rows, ["ResNet-18 memory", "dense + masks", "ratio"], "github", disable_numparse=True) + "\n\n" + size
 
 
 def peak_bytes(trainer: Trainer) -> int:

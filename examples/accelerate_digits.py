@@ -39,9 +39,7 @@ def main() -> None:
         test_x, test_y = test_x.to(accelerator.device), test_y.to(accelerator.device)
         accuracy = (model.eval()(test_x).argmax(1) == test_y).float().mean().item()
     density = updater.scalars()["sparsity/density"]
-    accelerator.print(
-        f"accuracy {100 * accuracy:.2f}%, density {density:.3f}, step {updater.step} of {updater.total_steps}"
-    )
+    accelerator.print(f"accuracy {100 * accuracy:.2f}%, density {density:.3f}, step {updater.step} of {updater.total_steps}")
 
 
 if __name__ == "__main__":

@@ -99,9 +99,7 @@ def characters(
 def _bytes_of(path: Path | None) -> np.ndarray:
     """Read a text, or the modules of the standard library in alphabetical order."""
     if path is not None and not path.is_file():
-        raise SystemExit(
-            f"There is no text file {path}. Name one with --data, or leave --data out for Python's own sources."
-        )
+        raise SystemExit(f"There is no text file {path}. Name one with --data, or leave --data out for Python's own sources.")
     files = [path] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return np.frombuffer(b"\n".join(file.read_bytes() for file in files), dtype=np.uint8).copy()
 
@@ -123,9 +121,7 @@ def _cifar(dataset: Any, folder: str, root: Path | None, quick: bool, validation
         train = dataset(_existing(root, folder), train=True, transform=transforms.Compose(crop + normalize))
         test = dataset(root, train=validation, transform=transforms.Compose(normalize))
     except RuntimeError as error:
-        raise SystemExit(
-            _layout(root, folder, "the extracted archive of its website, complete and unchanged")
-        ) from error
+        raise SystemExit(_layout(root, folder, "the extracted archive of its website, complete and unchanged")) from error
     split = len(train) * 9 // 10
     test = Subset(test, range(split, len(test))) if validation else test
     return _loaded(Subset(train, range(split)), test, 128, quick)

@@ -36,9 +36,7 @@ Results = list[dict[str, Any]]
 
 def grid(experiment: str, options: argparse.Namespace) -> list[Run]:
     """List the runs of an experiment."""
-    base = [
-        Run(options.task, density=density, seed=seed) for density in options.densities for seed in range(options.seeds)
-    ]
+    base = [Run(options.task, density=density, seed=seed) for density in options.densities for seed in range(options.seeds)]
     if experiment == "methods":
         runs = [replace(run, method=method) for method in options.methods for run in base]
         once = {"dense": 1.0, "nm": 0.5}  # methods that have one density
@@ -88,9 +86,7 @@ def search(options: argparse.Namespace) -> Results:
     better = "maximize" if task.metric == "accuracy" else "minimize"
     storage = f"sqlite:///{options.results / 'search.db'}"
     study = optuna.create_study(storage=storage, study_name=options.task, direction=better, load_if_exists=True)
-    study.sampler = optuna.samplers.TPESampler(
-        seed=len(study.trials)
-    )  # goes on, rather than over the same trials again
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # goes on, rather than over the same trials again
 
     def objective(trial: Any) -> float:
         interval = trial.suggest_int("interval", max(1, task.interval // 2), 10 * task.interval, log=True)

@@ -57,9 +57,7 @@ class CharGRU(nn.Module):
         self.readout2 = nn.Linear(hidden // 2, hidden // 4)
         self.head = nn.Linear(hidden // 4, classes)
 
-    def forward(
-        self, x: Tensor
-    ) -> Tensor:  # (batch, characters) -> (batch, classes, characters), as cross_entropy takes it
+    def forward(self, x: Tensor) -> Tensor:  # (batch, characters) -> (batch, classes, characters), as cross_entropy takes it
         hidden = torch.relu(self.readout2(torch.relu(self.readout1(self.gru(self.embedding(x))[0]))))
         return self.head(hidden).transpose(1, 2)
 

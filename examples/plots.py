@@ -27,9 +27,7 @@ def plot_scores(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
             means, spread = [row["mean"] for row in group], [row["deviation"] for row in group]
             style = {"marker": _MARKERS[i % len(_MARKERS)], "color": plt.get_cmap("tab20")(i % 20), "capsize": 2}
             axes.errorbar([row[key] for row in group], means, spread, label=variant, linewidth=1, **style)
-        axes.set(
-            xscale="log", xlabel=label, ylabel="test accuracy (%)" if metric == "accuracy" else "bits per character"
-        )
+        axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)" if metric == "accuracy" else "bits per character")
         figure.legend(fontsize="small", loc="outside right upper")
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
@@ -55,9 +53,7 @@ def plot_densities(results: list[dict[str, Any]], path: Path) -> None:
         steps = [step for step, _ in result["densities"]]
         for layer in result["densities"][0][1]:
             values = [densities[layer] for _, densities in result["densities"]]
-            axes.step(
-                [*steps, result["steps"]], [*values, values[-1]], where="post", label=layer.removesuffix(".weight")
-            )
+            axes.step([*steps, result["steps"]], [*values, values[-1]], where="post", label=layer.removesuffix(".weight"))
         axes.set(title=f"{method} ({distribution}) at {result['run']['density']:g}", xlabel="step", ylabel="density")
     for axes in panels.flat[len(moving) :]:
         axes.axis("off")

@@ -39,9 +39,7 @@ def runs_of(task: str, densities: list[float], seeds: int) -> list[Run]:
     runs = [replace(run, **change) for change in changes for run in base]
     runs += [Run(task, "dense", 1.0, seed=seed) for seed in range(seeds)]
     one_density = [replace(run, density=0.5) if run.method == "nm" else run for run in runs]
-    return sorted(
-        dict.fromkeys(one_density), key=lambda run: run.method in ("lottery", "re-init")
-    )  # after their parents
+    return sorted(dict.fromkeys(one_density), key=lambda run: run.method in ("lottery", "re-init"))  # after their parents
 
 
 @dataclass(frozen=True)

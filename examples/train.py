@@ -152,9 +152,7 @@ def _read(path: Path, made_from: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _build(
-    run: Run, task: Task, dense: nn.Module, folder: Path, root: Path | None, quick: bool, total: int
-) -> nn.Module:
+def _build(run: Run, task: Task, dense: nn.Module, folder: Path, root: Path | None, quick: bool, total: int) -> nn.Module:
     """Make the model that a run trains."""
     if run.method == "dense":
         return dense

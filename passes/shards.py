@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 def is_sharded(value: Any) -> bool:
     """Tell whether a tensor is spread over ranks."""
-    module = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # half a second to import, and without it there is no such tensor
+    module = sys.modules.get("torch.distributed.tensor")  # half a second to import, and without it there is no such tensor
     return module is not None and isinstance(value, module.DTensor)
 
 

@@ -20,9 +20,7 @@ CONSUMERS: dict[Any, tuple[str, _Places]] = {
     F.bilinear: ("bilinear", {"weight": (2, 0)}),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV)),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("conv_transpose", _TRANSPOSED)),
-    **dict.fromkeys(
-        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _TRANSPOSED)
-    ),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), ("conv_transpose", _TRANSPOSED)),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul, torch.mv), ("matmul", _MATMUL)),
     **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "mv"), ("matmul", _MATMUL)),
     **dict.fromkeys((torch.addmm, "addmm", "addmm_"), ("matmul", {"mat1": (1, 0), "mat2": (2, 1)})),

@@ -20,17 +20,7 @@ from passes.masking.rewrite import check_masked, mask_weights
 from passes.shards import refuse_shards
 from passes.weights.reasons import Reason, Why
 from passes.weights.sites import Site, find_sites
-from sparsify.checks import (
-    as_patterns,
-    as_seed,
-    check_budget,
-    check_model,
-    check_names,
-    check_verification,
-    matching,
-    matching_paths,
-    resolve,
-)
+from sparsify import checks
 from sparsify.density.allocation import allocate, density_for, why_dense
 from sparsify.density.coverage import dense_by_rule
 from sparsify.density.distributions import DISTRIBUTIONS, Distribution
@@ -110,19 +100,19 @@ def sparsify(
         >>> sum(model.updater.nonzeros.values()), isinstance(model, torch.fx.GraphModule)
         (161, True)
     """
-    check_model(model)
-    distribution = resolve(distribution, DISTRIBUTIONS, "distribution", callable)
-    method = resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
-    check_budget(density, flops, inputs, _fixed_by(method, masks, flops))
-    set_weights = resolve(init, INITS, "init")
-    seed = as_seed(seed)
-    exclude, include = as_patterns(exclude, "exclude"), as_patterns(include, "include")
+    checks.check_model(model)
+    distribution = checks.resolve(distribution, DISTRIBUTIONS, "distribution", callable)
+    method = checks.resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
+    checks.check_budget(density, flops, inputs, _fixed_by(method, masks, flops))
+    set_weights = checks.resolve(init, INITS, "init")
+    seed = checks.as_seed(seed)
+    exclude, include = checks.as_patterns(exclude, "exclude"), checks.as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
-    paths = matching_paths(as_patterns(blocks, "blocks"), model)
-    included = matching(include, names, "include")
+    paths = checks.matching_paths(checks.as_patterns(blocks, "blocks"), model)
+    included = checks.matching(include, names, "include")
     excluded = _excluded(exclude, masks, names)
     given = given_masks(masks) if masks is not None else {}
-    check_verification(verify, inputs)
+    checks.check_verification(verify, inputs)
 
     model = model if inplace else copied(model)
     capture = _verified(model, paths, inputs) if verify else trace(model, paths)
@@ -140,7 +130,7 @@ def sparsify(
     )
     reasons |= {s.name: why_dense(s, density, distribution) for s in candidates if s.name not in counts}
     masked = [site for site in candidates if site.name in counts]
-    check_names(model, [site.name for site in masked])
+    checks.check_names(model, [site.name for site in masked])
     goals = {site.name: Goal(counts[site.name], method.layout.unit(site), site.uses[0].out_dim) for site in masked}
     first = {site.name: _mask(model, site, goals[site.name], given.get(site.name), method, seed) for site in masked}
     model = install(mask_weights(model, capture, first), capture)
@@ -190,7 +180,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, Reason]:
     """Say of the weights that are to stay dense why: by a pattern, or as in the model that masks are taken of."""
-    by_pattern = {p: matching([p], names, "exclude") for p in patterns}
+    by_pattern = {p: checks.matching([p], names, "exclude") for p in patterns}
     found = {name: Reason(Why.RULE, f"excluded by {p!r}") for p, matches in by_pattern.items() for name in matches}
     updater = updater_of(masks) if isinstance(masks, nn.Module) else None
     return found | {name: why for name, why in (updater.reasons if updater else {}).items() if name in names}
@@ -199,16 +189,12 @@ def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict
 def _fixed_by(method: Method, masks: Any, flops: float | None) -> str:
     """Say what fixes the number of kept weights, if it is not a density."""
     if flops is not None and method.total_only:
-        raise ValueError(
-            f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data."
-        )
+        raise ValueError(f"flops={flops!r} cannot be met by method {method.name!r}: which layers it prunes is up to the data.")
     if masks is None:
         return f"method {method.name!r} with {method.layout.fixed}" if method.layout.fixed else ""
     if method.prunes or method.layout is not ELEMENTS:
         why = "starts dense" if method.prunes else f"draws masks of {method.layout.name}"
-        raise ValueError(
-            f"masks and method {method.name!r} contradict: it {why}. Use 'static', 'rigl' or another method."
-        )
+        raise ValueError(f"masks and method {method.name!r} contradict: it {why}. Use 'static', 'rigl' or another method.")
     return "masks"
 
 

@@ -101,9 +101,7 @@ def as_seed(seed: Any) -> int:
 def check_between(name: str, value: Any, open_above: bool = False, closed_below: bool = False) -> None:
     """Raise unless an option lies in (0, 1], or with 0, or without 1."""
     if not is_number(value) or not 0 <= value <= 1 or (open_above and value == 1) or (not closed_below and value == 0):
-        raise ValueError(
-            f"{name}={value!r} must lie in {'[' if closed_below else '('}0, 1{')' if open_above else ']'}."
-        )
+        raise ValueError(f"{name}={value!r} must lie in {'[' if closed_below else '('}0, 1{')' if open_above else ']'}.")
 
 
 def resolve(choice: Any, known: Mapping[str, T], what: str, accepts: Callable[[Any], bool] | None = None) -> T:
@@ -133,18 +131,14 @@ def matching_paths(patterns: Iterable[str], model: nn.Module) -> list[str]:
     for pattern in patterns:
         parts = pattern.split(".")
         split = {path: path.split(".") for path in paths}
-        matches = [
-            p for p, own in split.items() if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts))
-        ]
+        matches = [p for p, own in split.items() if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, own, parts))]
         if not matches:
             near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
             hint = f"the nearest is {near[0]!r}" if near else f"modules are {', '.join(paths[:5])}, ..."
             raise ValueError(f"blocks: pattern {pattern!r} matches no module; {hint}.")
         for path in matches:
             if isinstance(module := model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
-                raise ValueError(
-                    f"blocks: {path!r} is a {type(module).__name__}, which is never called; name {path + '.*'!r}."
-                )
+                raise ValueError(f"blocks: {path!r} is a {type(module).__name__}, which is never called; name {path + '.*'!r}.")
         found += matches
     return found
 

@@ -23,9 +23,7 @@ def outputs(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], training
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def assert_same_outputs(
-    model: nn.Module, inputs: Any, modes: tuple[bool, ...] = (True, False), atol: float = 0.0
-) -> None:
+def assert_same_outputs(model: nn.Module, inputs: Any, modes: tuple[bool, ...] = (True, False), atol: float = 0.0) -> None:
     original, sparse = copy.deepcopy(model), sparsify(model, density=1.0)
     for training in modes:
         expected, got = outputs(original, inputs, training), outputs(sparse, inputs, training)

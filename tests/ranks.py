@@ -195,9 +195,7 @@ def fsdp_methods(rank: int, methods: list[Method], folder: str) -> dict[str, Any
         resume(twin, other, path)
         train(twin, other, 9)
         end = state(twin)
-        results[f"{method.name} resumed otherwise"] = [
-            k for k, v in results[method.name].items() if not torch.equal(v, end[k])
-        ]
+        results[f"{method.name} resumed otherwise"] = [k for k, v in results[method.name].items() if not torch.equal(v, end[k])]
     return results
 
 

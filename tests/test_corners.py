@@ -137,9 +137,7 @@ TRANSFORMED: dict[str, Callable[[], nn.Module]] = {
     "by column": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 16), dim=1), nn.Linear(16, 4)),
     "spectral": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 16)), nn.Linear(16, 4)),
     "orthogonal": lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 4)),
-    "cayley": lambda: nn.Sequential(
-        parametrizations.orthogonal(nn.Linear(8, 8), orthogonal_map="cayley"), nn.Linear(8, 4)
-    ),
+    "cayley": lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8), orthogonal_map="cayley"), nn.Linear(8, 4)),
     "exponential": Exponential,
     "inside": lambda: nn.Sequential(Exponential(), parametrizations.weight_norm(nn.Linear(4, 16)), nn.Linear(16, 4)),
 }
@@ -377,9 +375,7 @@ def test_momentum_from_before_says_that_it_needs_attaching() -> None:
     step(model, optimizer)
     with pytest.warns(UserWarning, match=r"attach it: model\.updater\.attach"):
         output = model(X)
-    used = [
-        (layer.weight * mask, layer.bias) for layer, mask in zip(model[::2], model.updater.masks.values(), strict=True)
-    ]
+    used = [(layer.weight * mask, layer.bias) for layer, mask in zip(model[::2], model.updater.masks.values(), strict=True)]
     torch.testing.assert_close(output, F.linear(F.linear(X, *used[0]).relu(), *used[1]))
 
 
@@ -434,9 +430,7 @@ class Gate(nn.Module):
         return F.linear(x, self.weight)
 
 
-@pytest.mark.parametrize(
-    "value", [nn.Dropout(0.5), nn.Buffer(torch.ones(8, 8)), 3.0], ids=["child", "buffer", "number"]
-)
+@pytest.mark.parametrize("value", [nn.Dropout(0.5), nn.Buffer(torch.ones(8, 8)), 3.0], ids=["child", "buffer", "number"])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_place_that_is_taken_is_refused_by_name(value: Any, inplace: bool) -> None:
     net = nn.Sequential(nn.Linear(8, 8), Gate(weight_mask=value))

@@ -218,9 +218,7 @@ def test_rounding(size: int, parts: int) -> None:
     density = max(parts, 1) / 10**6
     assert 1 <= kept(density, size) <= size
     assert kept(1.0, size) == size
-    assert (
-        kept(density, size) == max(1, size - math.floor((1 - density) * size + 1e-6)) or abs(density * size % 1) < 1e-3
-    )
+    assert kept(density, size) == max(1, size - math.floor((1 - density) * size + 1e-6)) or abs(density * size % 1) < 1e-3
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])

@@ -265,9 +265,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize("root", [False, True])
-@pytest.mark.parametrize(
-    "trap", TRAPS, ids=lambda t: f"{type(t).__name__} {getattr(t, 'source', getattr(t, 'how', ''))}"
-)
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: f"{type(t).__name__} {getattr(t, 'source', getattr(t, 'how', ''))}")
 def test_code_that_a_graph_would_freeze_stays_python(trap: nn.Module, root: bool) -> None:
     trap = copy.deepcopy(trap)
     model = trap if root else nn.Sequential(nn.Linear(4, 4), trap)
@@ -437,7 +435,5 @@ def test_a_folder_of_ones_own_named_passes_is_said(name: str, tmp_path: Path) ->
     place.parent.mkdir(exist_ok=True)
     place.touch()
     run = [sys.executable, "-c", "import sparsify"]
-    done = subprocess.run(
-        run, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
-    )
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert f"needs its own package `passes`, but Python finds {place} first" in done.stderr

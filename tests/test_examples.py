@@ -244,15 +244,9 @@ def test_the_studys_verdicts() -> None:
             for method, score in (("rigl", 90.0 + gap), ("static", 90.0)):
                 results.append({"run": vars(Run("digits", method, density, seed=seed)), "accuracy": score})
     claim = study.Claim("RigL beats static masks", {}, {"method": "static"})
-    assert (
-        study.judge(claim, results, "digits")
-        == "| RigL beats static masks | in part | 0.5 | - | 0.5: +1.00, 0.1: +0.17 |"
-    )
+    assert study.judge(claim, results, "digits") == "| RigL beats static masks | in part | 0.5 | - | 0.5: +1.00, 0.1: +0.17 |"
     claim = study.Claim("Static is not worse", {"method": "static"}, {}, not_worse=True)
-    assert (
-        study.judge(claim, results, "digits")
-        == "| Static is not worse | in part | 0.1 | 0.5 | 0.5: -1.00, 0.1: -0.17 |"
-    )
+    assert study.judge(claim, results, "digits") == "| Static is not worse | in part | 0.1 | 0.5 | 0.5: -1.00, 0.1: -0.17 |"
 
 
 def test_the_study_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

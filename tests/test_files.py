@@ -78,9 +78,7 @@ def test_files_are_exact(build: object, dtype: torch.dtype, tmp_path: Path) -> N
     for key, value in fold(model).state_dict().items():
         for copied in (plain[key], masked.state_dict()[key], read_sparse(path)[0][key]):
             assert copied.dtype == value.dtype
-            assert (
-                copied.contiguous().flatten().view(torch.uint8).tolist() == value.flatten().view(torch.uint8).tolist()
-            ), key
+            assert copied.contiguous().flatten().view(torch.uint8).tolist() == value.flatten().view(torch.uint8).tolist(), key
     for name, mask in model.updater.masks.items():
         assert torch.equal(masked.updater.masks[name], mask)
     assert masked.updater.nonzeros == model.updater.nonzeros
@@ -258,9 +256,7 @@ def test_files_that_do_not_fit_change_nothing(build: object, message: str, tmp_p
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "method", [SRigL(interval=2), NM(2, 4, interval=2), RigL(2, layout="kernels")], ids=lambda m: m.name
-)
+@pytest.mark.parametrize("method", [SRigL(interval=2), NM(2, 4, interval=2), RigL(2, layout="kernels")], ids=lambda m: m.name)
 def test_layouts_go_through_files(method: Method, tmp_path: Path) -> None:
     """Masks are looked at themselves: those of one layout load wherever it is kept, and no others do."""
     model, optimizer = start(method)
@@ -321,9 +317,7 @@ def test_checkpoints_name_what_does_not_fit(tmp_path: Path) -> None:
     assert load_checkpoint(path, model=model, optimizer=optimizer) == {"epoch": 2}
     with pytest.raises(ValueError, match="asked for was model"):
         load_checkpoint(path, model=model)
-    with pytest.raises(
-        ValueError, match=r"holds the parts model, optimizer; asked for was model, optimizer, scheduler"
-    ):
+    with pytest.raises(ValueError, match=r"holds the parts model, optimizer; asked for was model, optimizer, scheduler"):
         load_checkpoint(path, model=model, optimizer=optimizer, scheduler=optimizer)
     with pytest.raises(ValueError, match="another name"):
         save_checkpoint(path, rng=3)

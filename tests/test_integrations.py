@@ -28,9 +28,7 @@ with warnings.catch_warnings():
 
 ROOT = Path(__file__).parents[1]
 # Of the libraries, about what they were not asked for.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:lightning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 class Lit(L.LightningModule):
@@ -57,9 +55,7 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(X, Y), batch_size=2, num_workers=0)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}, {"precision": "bf16-mixed"}]
-)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}, {"precision": "bf16-mixed"}])
 def test_lightning(options: dict, tmp_path: Path) -> None:
     model = Lit()
     first = {n: m.clone() for n, m in model.net.updater.masks.items()}
@@ -181,9 +177,7 @@ def test_trainer_trains_logs_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert (resumed.updater.step, len(resumed.updater.history)) == (20, 5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
-)
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
 def test_trainer_options(options: dict, tmp_path: Path) -> None:
     model = bert()
     first = {n: m.clone() for n, m in model.updater.masks.items()}

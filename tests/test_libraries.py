@@ -103,9 +103,7 @@ def test_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     shape = (1, *model.default_cfg["input_size"])
-    sparse = sparsify(
-        model, density=0.1, method=RigL(interval=2), inputs=shape, exclude=("*.latent",) * ("naflexvit" in name)
-    )
+    sparse = sparsify(model, density=0.1, method=RigL(interval=2), inputs=shape, exclude=("*.latent",) * ("naflexvit" in name))
     report = flop_report(sparse, shape)
     assert (
         report.dense_macs

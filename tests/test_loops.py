@@ -127,9 +127,7 @@ def test_norms_see_the_sparse_gradient() -> None:
     model, optimizer = attached(RigL(interval=100))
     optimizer.zero_grad()
     backward(model)
-    total = sum(
-        (p.grad * model.updater.masks.get(n, torch.tensor(True))).square().sum() for n, p in model.named_parameters()
-    )
+    total = sum((p.grad * model.updater.masks.get(n, torch.tensor(True))).square().sum() for n, p in model.named_parameters())
     torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e9), total.sqrt())
 
 
@@ -243,9 +241,7 @@ def test_a_longer_schedule_says_what_happens() -> None:
     model, optimizer = attached(RigL(interval=10), total=100)
     train(model, [optimizer], 12)
     model.updater.detach(keep_step=True)
-    with pytest.warns(
-        UserWarning, match=r"was 100 up to step 12 and is 200.*from step 70 to 140.*step 20, from 0.25 to 0.287"
-    ):
+    with pytest.warns(UserWarning, match=r"was 100 up to step 12 and is 200.*from step 70 to 140.*step 20, from 0.25 to 0.287"):
         model.updater.attach(optimizer, total_steps=200)
     assert model.updater.step == 12
     model.updater.detach(keep_step=True)

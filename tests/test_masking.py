@@ -134,9 +134,7 @@ def test_copies(copier: object, model: type[nn.Module]) -> None:
         assert str(twin.graph) == str(sparse.graph)
     assert type(twin) is type(sparse)
     assert twin.updater.masks.keys() == sparse.updater.masks.keys()
-    assert twin.get_parameter(next(iter(twin.updater.masks))) is not sparse.get_parameter(
-        next(iter(twin.updater.masks))
-    )
+    assert twin.get_parameter(next(iter(twin.updater.masks))) is not sparse.get_parameter(next(iter(twin.updater.masks)))
     twin.updater.attach(torch.optim.SGD(twin.parameters(), 0.1), total_steps=1000)  # a copy is not attached
 
 
@@ -197,14 +195,10 @@ def test_torch_func() -> None:
         return torch.func.functional_call(sparse, (parameters, buffers), (X,)).square().mean()
 
     tangents = {name: torch.randn_like(value) for name, value in parameters.items()}
-    masked = {
-        n: torch.where(sparse.updater.masks[n], t, 0) if n in sparse.updater.masks else t for n, t in tangents.items()
-    }
+    masked = {n: torch.where(sparse.updater.masks[n], t, 0) if n in sparse.updater.masks else t for n, t in tangents.items()}
     _, slope = torch.func.jvp(loss, (parameters,), (tangents,))
     assert torch.equal(slope, torch.func.jvp(loss, (parameters,), (masked,))[1])
-    torch.testing.assert_close(
-        slope, sum((g * tangents[n]).sum() for n, g in torch.func.grad(loss)(parameters).items())
-    )
+    torch.testing.assert_close(slope, sum((g * tangents[n]).sum() for n, g in torch.func.grad(loss)(parameters).items()))
     gradients = torch.func.grad(loss)(parameters)
     sparse(X).square().mean().backward()
     for name, p in sparse.named_parameters():
@@ -239,9 +233,7 @@ def test_compile_makes_three_graphs_and_no_more() -> None:
     evaluate()
     train(2)
     evaluate()
-    assert all(
-        torch.equal(sparse.get_parameter(n), sparse.get_parameter(n) * m) for n, m in sparse.updater.masks.items()
-    )
+    assert all(torch.equal(sparse.get_parameter(n), sparse.get_parameter(n) * m) for n, m in sparse.updater.masks.items())
 
 
 def test_fold_exports() -> None:
@@ -251,9 +243,7 @@ def test_fold_exports() -> None:
     assert list(plain.state_dict()) == list(SmallNet().state_dict())
     assert torch.equal(torch.export.export(plain, (X,)).module()(X), sparse(X))
     assert not plain._load_state_dict_pre_hooks
-    assert sum(int((plain.get_parameter(n) != 0).sum()) for n in sparse.updater.masks) == sum(
-        sparse.updater.nonzeros.values()
-    )
+    assert sum(int((plain.get_parameter(n) != 0).sum()) for n in sparse.updater.masks) == sum(sparse.updater.nonzeros.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

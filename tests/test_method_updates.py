@@ -165,9 +165,7 @@ def test_apportion(pairs: list, share: float) -> None:
 def test_global_pruning_is_one_threshold(sizes: list, seed: int, reached: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(n, generator=generator) for n in sizes]
-    layers = [
-        LayerState(str(i), w, w != 0, len(w), -(-len(w) // 4), 1, None, None, None, 1, 0) for i, w in enumerate(tensors)
-    ]
+    layers = [LayerState(str(i), w, w != 0, len(w), -(-len(w) // 4), 1, None, None, None, 1, 0) for i, w in enumerate(tensors)]
     plan = prune_global(weight, layers, reached)
     total = sum(math.floor(reached * (layer.nonzeros - layer.target) + 1e-6) for layer in layers)
     assert sum(drop for drop, _ in plan) == min(total, sum(sizes) - len(sizes))

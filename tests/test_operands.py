@@ -127,9 +127,7 @@ class MatMul(nn.Module):
         return x @ y
 
 
-READS: dict[
-    str, tuple[Callable[..., Any], tuple[int, ...], str]
-] = {  # function, shape of the weight, what becomes of it
+READS: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {  # function, shape of the weight, what becomes of it
     "linear": (F.linear, (5, 8), "masked"),
     "addmm": (lambda x, w: torch.addmm(x.new_zeros(1), x, w), (8, 5), "masked"),
     "einsum": (lambda x, w: torch.einsum("bi,io->bo", x, w), (8, 5), "masked"),
@@ -182,9 +180,7 @@ UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_operation_nobody_knows_is_an_error_with_two_ways_out(name: str) -> None:
     model = Reads(UNKNOWN[name], 5, 8)
-    with pytest.raises(
-        ValueError, match=rf"^weight may be .*: {name} consumes it at node '{name}'.*exclude=.*include="
-    ):
+    with pytest.raises(ValueError, match=rf"^weight may be .*: {name} consumes it at node '{name}'.*exclude=.*include="):
         sparsify(model, density=0.5)
     assert sparsify(model, density=0.5, exclude="weight").updater.rules == {"weight": "excluded by 'weight'"}
     sparse = sparsify(model, density={"*": 0.5}, include="weight")

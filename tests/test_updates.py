@@ -91,9 +91,7 @@ def train(model: nn.Module, optimizers: list, steps: int, check: object = None) 
             check(step)
 
 
-def attached(
-    method: object = None, density: float = 0.3, total: int = 1000, make: object = None, **options: object
-) -> tuple:
+def attached(method: object = None, density: float = 0.3, total: int = 1000, make: object = None, **options: object) -> tuple:
     torch.manual_seed(0)
     model = sparsify(SmallNet(), density, method=method or RigL(interval=3), **options)
     optimizer = (make or (lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3)))(model.parameters())

@@ -87,9 +87,7 @@ def _outputs(model: nn.Module, batch: torch.Tensor, mode: bool) -> list[torch.Te
 def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
     sparse = sparsify(model, density=1.0)
     for mode, graph in trace(model).regions[""].graphs.items():
-        nodes = [
-            n for n in sparse.train(mode).graph.nodes if not (n.op == "call_module" and n.target.endswith("_mask"))
-        ]
+        nodes = [n for n in sparse.train(mode).graph.nodes if not (n.op == "call_module" and n.target.endswith("_mask"))]
         assert [(n.op, n.target) for n in nodes] == [(n.op, n.target) for n in graph.nodes]
     assert type(fold(sparse)) is type(model)
 
@@ -113,9 +111,7 @@ def test_training_changes_only_what_it_may(name: str) -> None:
             _check_step(model, *before, update=step == 2)
 
 
-def _check_step(
-    model: nn.Module, weights: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], update: bool
-) -> None:
+def _check_step(model: nn.Module, weights: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], update: bool) -> None:
     """An ordinary step moves kept weights only; an update moves nothing but masks, and what they drop and grow is 0."""
     for name, weight in model.named_parameters():
         mask = model.updater.masks.get(name)

@@ -180,13 +180,7 @@ def _refused(name: str) -> Callable[..., Any]:
     return ask
 
 
-_BUILTINS = {
-    "isinstance": _isinstance,
-    "type": _Type,
-    "hasattr": _hasattr,
-    "getattr": _getattr,
-    "callable": _callable,
-}
+_BUILTINS = {"isinstance": _isinstance, "type": _Type, "hasattr": _hasattr, "getattr": _getattr, "callable": _callable}
 _ANSWERS: dict[tuple[ModuleType, str], Callable[..., Any]] = {
     **{(torch, name): _refused(name) for name in _QUESTIONS},
     (torch, "is_tensor"): _is_tensor,

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
+from passes.capture.captured import is_there
 from passes.capture.regions import Region
 
 
@@ -25,14 +26,6 @@ def check_graphs(stage: str, model: nn.Module, regions: Mapping[str, Region]) ->
                 graph.lint()
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(f"{place}: {error}") from error
-            for node in [n for n in graph.nodes if n.op in ("call_module", "get_attr")]:
-                if not _is_there(model.get_submodule(path), str(node.target), region.constants):
+            for node in [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target not in region.constants]:
+                if not is_there(model.get_submodule(path), str(node.target)):
                     raise RuntimeError(f"{place} at node {node.name!r}: there is no {node.target}.")
-
-
-def _is_there(module: nn.Module, target: str, constants: Mapping[str, Tensor]) -> bool:
-    path, _, name = target.rpartition(".")
-    try:
-        return target in constants or hasattr(module.get_submodule(path), name)
-    except AttributeError:
-        return False

@@ -24,19 +24,9 @@ from passes.capture.tracer import Tracer, failing_function
 
 # What a module carries while it runs graphs: ours, and what fx's own tools read.
 GRAPH_STATE = (
-    "_arguments",
-    "_through",
-    "_graphs",
-    "_forwards",
-    "meta",
-    "shape_env",
-    "_tracer_cls",
-    "_tracer_extras",
-    "_deepcopy_hooks",
-    "_replace_hooks",
-    "_create_node_hooks",
-    "_erase_node_hooks",
-    "keeps_graph",
+    *("_arguments", "_through", "_graphs", "_forwards", "keeps_graph"),
+    *("meta", "shape_env", "_tracer_cls", "_tracer_extras"),
+    *("_deepcopy_hooks", "_replace_hooks", "_create_node_hooks", "_erase_node_hooks"),
 )
 _RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {*GRAPH_STATE, "ignore_later_hooks"}
 
@@ -178,10 +168,7 @@ def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module
     except Exception as error:
         state.restore()
         where = failing_place(error)
-        return (
-            f"{error if str(error).startswith('it ') else f'{type(error).__name__}: {error}'}"
-            + f" ({where})" * bool(where)
-        )
+        return f"{error if str(error).startswith('it ') else f'{type(error).__name__}: {error}'}" + f" ({where})" * bool(where)
     finally:
         constants = _take_constants(module, own)
     if words := _reserved_words(graphs.values()):
@@ -194,9 +181,7 @@ def _trace_modes(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module
     return Region(graphs, constants, arguments_of(type(module).forward, assumed, code), tuple(through))
 
 
-def _trace_graph(
-    module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool
-) -> tuple[fx.Graph, Tracer]:
+def _trace_graph(module: nn.Module, state: Snapshot, blocks: frozenset[nn.Module], careful: bool) -> tuple[fx.Graph, Tracer]:
     """Trace a module in its mode; the graph calls Python functions that cannot be traced into as they are."""
     called: set[Callable[..., Any]] = set()
     while True:

@@ -18,14 +18,7 @@ from torch import Size, Tensor, fx, nn, strided
 from passes.capture.arguments import is_default
 from passes.capture.asking import RecomputingError, changed_mode, modes, recomputing_refused, traced_by
 from passes.capture.effects import Snapshot
-from passes.capture.frames import (
-    is_compared_by_identity,
-    is_users,
-    matches_classes,
-    module_of,
-    module_of_code,
-    user_frame,
-)
+from passes.capture.frames import is_compared_by_identity, is_users, matches_classes, module_of, module_of_code, user_frame
 from passes.capture.kinds import Kinds, returns_tensor
 from passes.capture.leaves import has_hooks, is_builtin, is_called_whole
 from passes.capture.proxies import Attribute, CannotTraceError, Value
@@ -126,9 +119,7 @@ class Tracer(TypedTracer):
             self._leaves[m] = is_builtin(m) or is_called_whole(m) or m in self.blocks
         return self._leaves[m]
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
         inside = self._gets_parameter(m, args, kwargs)
         if self.is_leaf_module(m, path) and not inside:
@@ -221,9 +212,7 @@ def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _may_be_none(node: fx.Node) -> bool:
     if node.op == "call_function":
-        return node.target in (operator.getitem, getattr) or is_users(
-            getattr(node.target, "__module__", None) or "torch"
-        )
+        return node.target in (operator.getitem, getattr) or is_users(getattr(node.target, "__module__", None) or "torch")
     return node.op == "call_module"
 
 
@@ -238,9 +227,7 @@ def failing_function(error: Exception) -> set[Callable[..., Any]]:
     for caller, callee in itertools.pairwise(frames):
         function: Any = caller.f_globals.get(callee.f_code.co_name)
         if inspect.isfunction(function) and module_of_code(function) == "torch.fx._symbolic_trace":
-            function = inspect.unwrap(
-                function
-            )  # which is called whole already, where it is given what stands for a tensor
+            function = inspect.unwrap(function)  # which is called whole already, where it is given what stands for a tensor
         user = inspect.isfunction(function) and is_users(function.__module__) and "self" in caller.f_locals
         if user and inspect.unwrap(function).__code__ is callee.f_code:
             return {function}

@@ -32,9 +32,7 @@ class Run:
     buffers: dict[str, Tensor]
 
 
-def faithful_capture(
-    model: nn.Module, blocks: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Capture:
+def faithful_capture(model: nn.Module, blocks: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
     """Trace a model, and leave what does not compute what the model computes in Python.
 
     Both modes run, in training with gradients. Outputs, their types, gradients and buffers are compared. The model is not
@@ -95,9 +93,7 @@ def _mode(training: bool) -> str:
     return "training" if training else "evaluation"
 
 
-def _first_difference(
-    model: nn.Module, capture: Capture, inputs: Any, expected: Mapping[bool, Run]
-) -> tuple[str, str] | None:
+def _first_difference(model: nn.Module, capture: Capture, inputs: Any, expected: Mapping[bool, Run]) -> tuple[str, str] | None:
     """Return the path of the first region that differs, and what differs; None where nothing does."""
     if not capture.regions or not _differs(model, capture, list(capture.regions), inputs, expected):
         return None
@@ -181,8 +177,4 @@ def _equal(a: Any, b: Any) -> bool:
         return False
     tolerance = _TOLERANCE.get(a.dtype, 1e-5)
     scale = float(a.abs().max()) if a.numel() and (a.is_floating_point() or a.is_complex()) else 0.0
-    return (
-        torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale * 0.1, equal_nan=True)
-        if scale
-        else torch.equal(a, b)
-    )
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale * 0.1, equal_nan=True) if scale else torch.equal(a, b)

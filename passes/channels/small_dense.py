@@ -75,14 +75,11 @@ def small_dense(model: nn.Module, density: float, inputs: Any) -> nn.Module:
 
 def _scaled(narrowable: Narrowable, scale: float) -> dict[int, int]:
     """Scale every size, rounded to the multiple that its groups or heads need: {size: new size}."""
-    return {
-        size: max(1, math.floor(scale * size / multiple + 0.5)) * multiple
-        for size, multiple in narrowable.sizes.items()
-    }
+    return {size: max(1, math.floor(scale * size / multiple + 0.5)) * multiple for size, multiple in narrowable.sizes.items()}
 
 
 def _stretched(narrowable: Narrowable, widths: dict[int, int], best: Narrowing, budget: float) -> Narrowing:
-    """Let sizes grow one after the other, the largest first, while parameters are left of the budget, and once more if many are."""
+    """Let sizes grow one after the other, the largest first, while parameters are left of the budget, again if many are."""
     model, count = narrowable.model, best.count(narrowable.model)
     for turn, size in itertools.product(range(_TURNS), sorted(widths, reverse=True)):
         step, width = narrowable.sizes[size], widths[size]

@@ -61,13 +61,7 @@ class Walk(fx.Interpreter):
     """Run a graph on meta tensors, narrowing every layer as it is reached."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        capture: Capture,
-        graph: fx.Graph,
-        width: Width,
-        narrowing: Narrowing,
-        last: Container[fx.Node],
+        self, model: nn.Module, capture: Capture, graph: fx.Graph, width: Width, narrowing: Narrowing, last: Container[fx.Node]
     ) -> None:
         super().__init__(model, graph=graph)
         self.width, self.narrowing, self.constants = width, narrowing, capture.regions[""].constants
@@ -86,9 +80,7 @@ class Walk(fx.Interpreter):
             return self.constants[target].to("meta")
         parameter = parameter_of(self.module, str(target))
         views = {v for u in self.node.users if u.op == "call_method" for v in u.users}
-        if parameter is None or self.fed.keys().isdisjoint(
-            {*self.node.users, *views}
-        ):  # a table, or made from tables only
+        if parameter is None or self.fed.keys().isdisjoint({*self.node.users, *views}):  # a table, or made from tables only
             return super().get_attr(target, args, kwargs)
         shape = tuple(self._raw(size) for size in parameter.shape)
         if shape != tuple(parameter.shape):

@@ -17,9 +17,7 @@ def forward_arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], d
     if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(n, int) and n > 0 for n in inputs):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return (torch.empty(tuple(inputs), dtype=dtype, device="meta"),), {}
-    if isinstance(inputs, (Tensor, tuple, list, dict)) and any(
-        isinstance(t, Tensor) for t in pytree.tree_leaves(inputs)
-    ):
+    if isinstance(inputs, (Tensor, tuple, list, dict)) and any(isinstance(t, Tensor) for t in pytree.tree_leaves(inputs)):
         if isinstance(inputs, dict):
             return (), inputs
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -38,9 +38,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._owners: dict[
-            int, tuple[str, ...]
-        ] = {}  # storage: the parameters whose elements it holds, perhaps transformed
+        self._owners: dict[int, tuple[str, ...]] = {}  # storage: the parameters whose elements it holds, perhaps transformed
         self._static: dict[int, Tensor] = {}  # storage: parameters, buffers, and what is computed from them alone
         self._raw: set[int] = set()  # storages of masked parameters, as they are without their mask
         self._sizes: dict[str, int] = {}

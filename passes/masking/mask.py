@@ -50,11 +50,7 @@ class Mask(Guest):
         self.nonzeros = nonzeros
         self.dense_gradient = False
         self.attended = False  # whether an attached optimizer keeps the weight masked
-        self._looked: tuple[Any, Any, bool] = (
-            None,
-            self._written(),
-            False,
-        )  # at this weight and mask; they agreed
+        self._looked: tuple[Any, Any, bool] = (None, self._written(), False)  # at this weight and mask; they agreed
         self._said = False
         self._own: Any = None  # a weak reference to the parameter that is masked
 

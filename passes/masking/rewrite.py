@@ -101,9 +101,7 @@ def _is_broadcast(other: Tensor, weight: Tensor) -> bool:
     return all(size in (1, whole) for size, whole in sizes)
 
 
-def _mask_reads(
-    module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask], inner: Collection[fx.Node]
-) -> None:
+def _mask_reads(module: nn.Module, graph: fx.Graph, masks: Mapping[nn.Parameter, Mask], inner: Collection[fx.Node]) -> None:
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         path, _, attribute = str(node.target).rpartition(".")
         weight = module.get_submodule(path)._parameters.get(attribute)
@@ -155,6 +153,4 @@ def check_masked(model: nn.Module) -> None:
                 weight = attribute(module, str(node.target))
                 past = [user.name for user in node.users if user.target != f"{node.target}_mask"]
                 if isinstance(weight, nn.Parameter) and weight in weights and past:
-                    raise RuntimeError(
-                        f"{weights[weight]} is masked, and node {past[0]!r} of {path!r} reads it past its mask."
-                    )
+                    raise RuntimeError(f"{weights[weight]} is masked, and node {past[0]!r} of {path!r} reads it past its mask.")

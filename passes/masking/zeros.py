@@ -8,12 +8,7 @@ from torch import Tensor
 
 from passes.shards import is_sharded, local, own_part
 
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _CHUNK = 1 << 20  # elements: the widened mask of one chunk takes 4 MB, and few chunks mean few waits for the threads
 
 

@@ -214,9 +214,7 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
             if any(isinstance(hook, BasePruningMethod) for hook in hooks):
                 why = "torch.nn.utils.prune computes with it; make that permanent by torch.nn.utils.prune.remove(module, name)"
             elif hooks:
-                why = (
-                    "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
-                )
+                why = "a hook computes with it (as torch.nn.utils.weight_norm does; those of parametrizations are masked)"
             yield weight, Use(path, "", type(leaf).__name__, None), Reason(Why.UNSUPPORTED, why, is_open=not hooks)
 
 

@@ -50,9 +50,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
     reports = {}
     for name in names:
-        sparse = (
-            _make_verified(model, name, shape, options) if not reports else _make(model, name, shape, options, False)
-        )
+        sparse = _make_verified(model, name, shape, options) if not reports else _make(model, name, shape, options, False)
         reports[name] = flop_report(sparse, shape)
         if len(names) == 1:
             _show(sparse, reports[name], shape, options)
@@ -114,9 +112,7 @@ def compare(reports: dict[str, FlopReport]) -> str:
         The text of the table.
     """
     columns = list(reports.values())
-    rows = [
-        [x.name, *(f"{r.layers[i].density:.4f}" for r in columns)] for i, x in enumerate(columns[0].layers) if x.params
-    ]
+    rows = [[x.name, *(f"{r.layers[i].density:.4f}" for r in columns)] for i, x in enumerate(columns[0].layers) if x.params]
     rows += [
         ["kept weights", *(f"{sum(x.nonzeros for x in r.layers):,}" for r in columns)],
         ["inference FLOPs / dense", *(f"{r.inference_ratio:.4f}" for r in columns)],

@@ -50,9 +50,7 @@ def _from_factory(module: str, factory: str) -> nn.Module:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError, TypeError) as error:
         hint = f" Write {module.removesuffix('.py')}:{factory}." if module.endswith(".py") else ""
-        raise ValueError(
-            f"Cannot load {module}:{factory}, which is called without arguments: {error}.{hint}"
-        ) from error
+        raise ValueError(f"Cannot load {module}:{factory}, which is called without arguments: {error}.{hint}") from error
     finally:
         sys.path.remove("")
     if not isinstance(model, nn.Module):

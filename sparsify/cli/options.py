@@ -74,8 +74,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help=f"run the model and its graphs on random inputs and compare (default: up to {VERIFIED // 10**6} million "
-        f"MACs)",
+        help=f"run the model and its graphs on random inputs and compare (default: up to {VERIFIED // 10**6} million MACs)",
     )
 
 

@@ -119,9 +119,7 @@ def _why_unknown(model: nn.Module, name: str, used: bool) -> Reason | None:
         return Reason(Why.RULE, "replaced after sparsify")
     if not used:
         return Reason(Why.RULE, "its layer is not called")
-    return Reason(
-        Why.RULE, "a product reads it that no graph shows as a weight's, or its layer was added after sparsify"
-    )
+    return Reason(Why.RULE, "a product reads it that no graph shows as a weight's, or its layer was added after sparsify")
 
 
 def _dead_outputs(mask: Mask | None, dim: int | None) -> int:

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparsify.costs.flops import flop_report
-from sparsify.methods.costs import Spending, forecast, spend_along
+from sparsify.methods.costs import Spending, forecast, spend
 from sparsify.training.lookup import updater_of
 
 
@@ -46,12 +46,8 @@ class CostLedger:
         """Return the table that people read."""
         parts = asdict(self.spending)
         steps = parts.pop("steps")
-        lines = [
-            (name.replace("_", " "), f"{n * self.dense_macs:.4g}", f"{n / 3 / steps:.4f}") for name, n in parts.items()
-        ]
-        lines.append(
-            ("total", f"{self.training_ratio * 3 * steps * self.dense_macs:.4g}", f"{self.training_ratio:.4f}")
-        )
+        lines = [(name.replace("_", " "), f"{n * self.dense_macs:.4g}", f"{n / 3 / steps:.4f}") for name, n in parts.items()]
+        lines.append(("total", f"{self.training_ratio * 3 * steps * self.dense_macs:.4g}", f"{self.training_ratio:.4f}"))
         table = tabulate(lines, headers=("training", "MACs per sample", "of dense"), disable_numparse=True)
         return "\n".join(
             [
@@ -91,9 +87,7 @@ def cost_ledger(model: nn.Module, inputs: Any) -> CostLedger:
     """
     updater = updater_of(model)
     if updater is None or not updater.step:
-        raise ValueError(
-            "cost_ledger() takes a model that sparsify() returned, attached and trained for a step at least."
-        )
+        raise ValueError("cost_ledger() takes a model that sparsify() returned, attached and trained for a step at least.")
     report = flop_report(model, inputs)
     sizes = {x.name: (x.params, x.dense_macs) for x in report.layers if x.name in updater.goals}
     total = sum(size for size, _ in sizes.values())
@@ -106,13 +100,10 @@ def cost_ledger(model: nn.Module, inputs: Any) -> CostLedger:
     topologies = [next(group) for _, group in itertools.groupby(updater.history, key=lambda entry: entry.nonzeros)]
     ratios = [(entry.step, inference_ratio(entry.nonzeros)) for entry in topologies]
     method, schedule = updater.method, updater.total_steps
-    spent = spend_along(ratios, method.updates, updater.step, schedule)
+    spent = spend(ratios, method.updates, updater.step, schedule)
     so_far = [1.0, *(spending.ratio for spending in spent[:-1])]
     densities = [sum(entry.nonzeros[name] for name in sizes) / total for entry in topologies]
-    rows = [
-        CostRow(step, density, ratio, cost)
-        for (step, ratio), density, cost in zip(ratios, densities, so_far, strict=True)
-    ]
+    rows = [CostRow(step, density, ratio, cost) for (step, ratio), density, cost in zip(ratios, densities, so_far, strict=True)]
     planned = {name: goal.target for name, goal in updater.goals.items()} if method.prunes else topologies[0].nonzeros
     return CostLedger(
         method.name,

@@ -51,9 +51,7 @@ class FlopReport:
     layers: tuple[Layer, ...]
     dense_bytes: int
     sparse_bytes: int
-    final_ratio: (
-        float  # inference_ratio at the end of training: of a method that still prunes, as the distribution has it
-    )
+    final_ratio: float  # inference_ratio at the end of training: of a method that still prunes, as the distribution has it
     training_ratio: float  # training FLOPs relative to dense, by the published closed form
     exact_training_ratio: float  # by the schedule of a run of `total_steps` steps
     total_steps: int
@@ -108,16 +106,8 @@ class FlopReport:
         rows = [_cells(layer) for layer in self.layers]
         params = sum(layer.params for layer in self.layers)
         nonzeros = sum(layer.nonzeros for layer in self.layers)
-        total = (
-            "total",
-            "",
-            "",
-            nonzeros,
-            params,
-            f"{nonzeros / max(params, 1):.4f}",
-            self.dense_macs,
-            self.sparse_macs,
-        )
+        kept = f"{nonzeros / max(params, 1):.4f}"
+        total = ("total", "", "", nonzeros, params, kept, self.dense_macs, self.sparse_macs)
         table = tabulate([*rows, total], headers=head, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
         return "\n".join([table, "", *self._summary()])
 
@@ -141,9 +131,7 @@ class FlopReport:
         if self.uncounted:
             lines.append("uncounted: " + ", ".join(f"{name} x{n}" for name, n in self.uncounted.items()))
         reasons = Counter((x.status, x.reason) for x in self.layers if x.weight_shape)
-        lines += [
-            "coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())
-        ]
+        lines += ["coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())]
         return lines
 
 

@@ -82,9 +82,7 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
     for view in _views(model, inputs):
         name = f"{view.region}: {view.node.name}" if view.region else view.node.name
         macs = f"{view.macs:,}" if view.macs else ""
-        rows.append(
-            (f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs)
-        )
+        rows.append((f"{'* ' if view.weights else ''}{name}", view.node.op, view.target, view.shape, view.density, macs))
     return tabulate(rows, headers=("node", "op", "target", "weight", "density", "dense MACs"), disable_numparse=True)
 
 
@@ -108,16 +106,12 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
     except ImportError as error:
         raise ImportError("Drawing a graph needs pygraphviz: pip install 'sparsify-fx[plots]'") from error
     drawing = pygraphviz.AGraph(directed=True)
-    drawing.node_attr.update(
-        shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10"
-    )
+    drawing.node_attr.update(shape="box", style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize="10")
     for view in _views(model, inputs):
         macs = f"{view.macs:,} dense MACs" if view.macs else ""
         weight = f"{view.shape} at {view.density}" if view.weights else ""
         label = "\n".join(line for line in (view.node.name, f"{view.node.op}: {view.target}", weight, macs) if line)
-        drawing.add_node(
-            _key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {})
-        )
+        drawing.add_node(_key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {}))
         for source in view.node.all_input_nodes:
             drawing.add_edge(_key(view.region, source), _key(view.region, view.node))
     with replacing(path) as partial:

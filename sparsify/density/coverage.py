@@ -6,9 +6,7 @@ from passes.weights.reasons import Reason, Why
 from passes.weights.sites import Site
 
 
-def dense_by_rule(
-    sites: Sequence[Site], excluded: Mapping[str, Reason], refuse: Callable[[Site], str]
-) -> dict[str, Reason]:
+def dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, Reason], refuse: Callable[[Site], str]) -> dict[str, Reason]:
     """Say why weights are not masked.
 
     Args:

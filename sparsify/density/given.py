@@ -31,9 +31,7 @@ def given_masks(masks: Any) -> dict[str, Tensor]:
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"The mask of {name} is {found}, not torch.bool; `weight != 0` makes one of zeros in a weight."
-            )
+            raise ValueError(f"The mask of {name} is {found}, not torch.bool; `weight != 0` makes one of zeros in a weight.")
     return dict(masks)
 
 

@@ -76,7 +76,7 @@ class Spending:
         return spent / (3 * self.steps) if self.steps else 1.0
 
 
-def spend(ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: int, total_steps: int) -> Spending:
+def spend(ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: int, total_steps: int) -> list[Spending]:
     """Add up the cost of training.
 
     Args:
@@ -86,19 +86,12 @@ def spend(ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: i
         total_steps: how many the schedule is laid out over.
 
     Returns:
-        The sum over `steps` steps.
+        The sums at the end of every stretch of `ratios`, the last over all `steps`.
 
     Example:
-        >>> spend([(0, 1.0), (5, 0.2)], None, 10, 10).ratio  # half dense, half at a fifth
-        0.6
+        >>> [x.ratio for x in spend([(0, 1.0), (5, 0.2)], None, 10, 10)]  # half dense, half at a fifth
+        [1.0, 0.6]
     """
-    return spend_along(ratios, updates, steps, total_steps)[-1]
-
-
-def spend_along(
-    ratios: Sequence[tuple[int, float]], updates: Updates | None, steps: int, total_steps: int
-) -> list[Spending]:
-    """Return the sums at the end of every stretch of `ratios`; arguments as for `spend`."""
     sums, sparse, dense = [], 0.0, 0.0
     ends = [step for step, _ in ratios[1:]] + [steps]
     for (start, ratio), end in zip(ratios, ends, strict=True):
@@ -137,7 +130,5 @@ def forecast(method: Method, ratio: float, total_steps: int) -> float:
     """
     ratios, updates = [(0, ratio)], method.updates
     if method.prunes and updates:
-        ratios = [(0, 1.0)] + [
-            (t, 1 - (1 - ratio) * updates.amount(t, total_steps)) for t in updates.steps(total_steps)
-        ]
-    return spend(ratios, updates, total_steps, total_steps).ratio
+        ratios = [(0, 1.0)] + [(t, 1 - (1 - ratio) * updates.amount(t, total_steps)) for t in updates.steps(total_steps)]
+    return spend(ratios, updates, total_steps, total_steps)[-1].ratio

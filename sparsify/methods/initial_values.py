@@ -17,9 +17,7 @@ def random(layer: LayerState) -> Tensor:
     """Draw values uniformly, with the root mean square of the active weights; keyed by (seed, step, name)."""
     numbers = uniform_numbers(layer.weight.numel(), layer.seed, f"{layer.name} grown", layer.step)
     values = torch.from_numpy(numbers).view(layer.weight.shape).to(layer.weight.device)
-    return (
-        (2 * values - 1) * 3**0.5 * _size(layer)
-    )  # the root mean square of a uniform number in (-1, 1) is 1 / sqrt(3)
+    return (2 * values - 1) * 3**0.5 * _size(layer)  # the root mean square of a uniform number in (-1, 1) is 1 / sqrt(3)
 
 
 def against_gradient(layer: LayerState) -> Tensor:
@@ -33,11 +31,7 @@ def _size(layer: LayerState) -> Tensor:
     return layer.weight.float().norm() / layer.nonzeros**0.5  # dropped weights are 0
 
 
-GROWTH_INITS: dict[str, Callable[[LayerState], Tensor] | None] = {
-    "zeros": None,
-    "random": random,
-    "gradient": against_gradient,
-}
+GROWTH_INITS: dict[str, Callable[[LayerState], Tensor] | None] = {"zeros": None, "random": random, "gradient": against_gradient}
 
 
 # Of kept weights, when a model is made sparse.

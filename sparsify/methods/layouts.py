@@ -15,9 +15,7 @@ from sparsify.density.random_masks import random_mask
 from sparsify.methods.scores import LayerState
 from sparsify.methods.selection import drop_and_grow
 
-Exchange = Callable[
-    [LayerState, Tensor, Tensor | None, int, int], Tensor
-]  # (layer, leaving, coming, drop, grow) -> mask
+Exchange = Callable[[LayerState, Tensor, Tensor | None, int, int], Tensor]  # (layer, leaving, coming, drop, grow) -> mask
 Allows = Callable[[Tensor, int | None], bool]  # (mask, its dimension that indexes outputs) -> whether it is one
 
 

@@ -78,9 +78,7 @@ def _plan(scope: str, score: scores.Score) -> Plan:
 
 
 def _pruning_steps(interval: int, begin_fraction: float, end_fraction: float, total_steps: int) -> range:
-    begin, end = (
-        math.floor(part * total_steps + 1e-6) for part in (begin_fraction, end_fraction)
-    )  # safe from float error
+    begin, end = (math.floor(part * total_steps + 1e-6) for part in (begin_fraction, end_fraction))  # safe from float error
     return range(begin + interval, end + 1, interval)
 
 

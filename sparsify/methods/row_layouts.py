@@ -99,9 +99,7 @@ def _exchange_fan_in(
     pruned = min(drop, layer.mask.numel() - layer.nonzeros)
     salient = rows(kept | select(coming, torch.abs, pruned, among=~layer.mask)).sum(1)  # (outputs,)
     width = layer.mask.numel() // len(salient)
-    needed = highest_of_rows(salient[None], -(-layer.target // width))[
-        0
-    ]  # outputs without which the budget has no room
+    needed = highest_of_rows(salient[None], -(-layer.target // width))[0]  # outputs without which the budget has no room
     active = needed | (salient >= ablation * rows(layer.mask).sum(1).max())
     count = (layer.target // active.sum()).clamp(min=1)
     new = _refill(rows(kept), rows(leaving), rows(coming), count) & active[:, None]
@@ -145,9 +143,7 @@ def _draw_groups(n: int, m: int, site: Site, count: int, seed: int) -> Tensor:
     return _from_groups(highest_of_rows(rows, n), site.shape, _out_dim(site))
 
 
-def _exchange_groups(
-    n: int, m: int, layer: LayerState, leaving: Tensor, coming: Tensor | None, drop: int, grow: int
-) -> Tensor:
+def _exchange_groups(n: int, m: int, layer: LayerState, leaving: Tensor, coming: Tensor | None, drop: int, grow: int) -> Tensor:
     assert coming is not None
     assert layer.out_dim is not None
     rows = partial(_groups, out_dim=layer.out_dim, size=m)

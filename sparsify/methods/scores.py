@@ -101,9 +101,7 @@ def evaluate(score: Score, layer: LayerState, among: Tensor) -> Tensor:
     name, shape = getattr(score, "__name__", score), tuple(among.shape)
     if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.is_complex():
         found = f"{tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else repr(result)
-        raise ValueError(
-            f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}."
-        )
+        raise ValueError(f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}.")
     result = result if result.is_floating_point() else result.float()
     if result.device.type == "cpu" and (result.isnan() & among).any():
         raise ValueError(f"The score {name} returned NaN for {layer.name}, where it has to decide.")

@@ -66,9 +66,7 @@ def _split(tensor: Tensor, score: Elementwise, among: Tensor, low: float, high: 
     """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
     chosen = np.empty(tensor.shape, dtype=bool)
     positions, candidates = [], []
-    for start, chunk, allowed in zip(
-        range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True
-    ):
+    for start, chunk, allowed in zip(range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True):
         values, inside = _scores(chunk, score), allowed.numpy()
         above = np.logical_and(values > high, inside, out=chosen[start : start + _CHUNK])
         between = np.flatnonzero((inside & ~(values < low)) ^ above)  # NaN is between

@@ -136,6 +136,4 @@ def _check_plain(name: str, value: Any) -> None:
     elif is_sharded(value):
         raise ValueError(f"{name} is sharded over ranks. Save it with torch.distributed.checkpoint.")
     elif type(value) not in _VALUES:
-        raise ValueError(
-            f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers and text. Convert it first."
-        )
+        raise ValueError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers and text. Convert it first.")

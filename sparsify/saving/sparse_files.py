@@ -93,9 +93,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ImportError: the package safetensors is not there.
     """
     if not isinstance(model, nn.Module) or (updaters_of(model) and not updater_of(model)):
-        raise ValueError(
-            f"load_sparse() takes the dense model or the one that sparsify() returned; {where_sparse(model)}."
-        )
+        raise ValueError(f"load_sparse() takes the dense model or the one that sparsify() returned; {where_sparse(model)}.")
     state, masks = read_sparse(path)
     transformed = json.loads(_facts(path).get("transformed", "[]"))
     if transformed and not masks_of(model):
@@ -156,9 +154,7 @@ def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     except (package.SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is no sparse file, or damaged: {type(error).__name__}: {error}") from error
     if facts.get("version") != _VERSION:
-        raise ValueError(
-            f"{path} is of version {facts.get('version')!r} of the format; this library reads {_VERSION!r}."
-        )
+        raise ValueError(f"{path} is of version {facts.get('version')!r} of the format; this library reads {_VERSION!r}.")
     if facts.get("digest") != _digest(content, facts):
         raise ValueError(f"{path} is damaged: its content does not match its digest.")
     return _unpack_all(path, content, shapes, shared)
@@ -169,9 +165,7 @@ def _facts(path: Any) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _unpack_all(
-    path: Any, content: dict[str, Tensor], shapes: Any, shared: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _unpack_all(path: Any, content: dict[str, Tensor], shapes: Any, shared: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Undo the packing, trusting nothing: a digest says that a file is whole, not who wrote it."""
     if not isinstance(shapes, dict) or not isinstance(shared, dict):
         raise ValueError(f"{path} is damaged: its metadata are no mappings.")
@@ -201,9 +195,7 @@ def _network(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is of type {type(value).__name__}; a sparse file holds tensors only.")
         if value.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, where it has no values. Give it some first: model.to_empty()."
-            )
+            raise ValueError(f"{name} is on the meta device, where it has no values. Give it some first: model.to_empty().")
     return kept
 
 

@@ -162,9 +162,7 @@ class UpdaterBase(Guest):
             "updates": float(max(0, len(self._history.entries) - 1)),
             "skipped_updates": float(self.skipped_updates),
         }
-        return {
-            f"sparsity/{k}": v for k, v in (overall | {f"density/{n}": d for n, d in self.densities.items()}).items()
-        }
+        return {f"sparsity/{k}": v for k, v in (overall | {f"density/{n}": d for n, d in self.densities.items()}).items()}
 
     def extra_repr(self) -> str:
         """Name the method and the step."""

@@ -116,9 +116,7 @@ def _decide_all(method: Method, changes: Sequence[Change]) -> list[Tensor]:
     selects side by side meanwhile; torch has threads of its own, and waits for devices and for other ranks.
     """
     order = sorted(range(len(changes)), key=lambda i: -changes[i].state.mask.numel())
-    aside = method.layout is ELEMENTS and all(
-        c.bound.mask.mask.is_cpu and not is_sharded(c.bound.weight) for c in changes
-    )
+    aside = method.layout is ELEMENTS and all(c.bound.mask.mask.is_cpu and not is_sharded(c.bound.weight) for c in changes)
     run = _workers(os.getpid()).submit if aside else _at_once
     found = {i: run(method.layout.exchange, *_scores(method, changes[i])) for i in order}
     return [found[i].result() for i in range(len(changes))]

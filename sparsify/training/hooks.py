@@ -144,9 +144,7 @@ class OptimizerHooks:
         assert method.updates is not None
         check_bound(self.model, self.bound)
         self._mask_weights()  # what something wrote since the last step must not come back as a new weight's value
-        frozen = (
-            set() if method.prunes else opt.stands(self.optimizer)
-        )  # pruning has one chance, also while rates warm up
+        frozen = set() if method.prunes else opt.stands(self.optimizer)  # pruning has one chance, also while rates warm up
         moving = [b for b in self.bound if b.weight.requires_grad and b.weight not in frozen]
         layers = [(b, state) for b in moving if (state := self._state(b, step))]
         amount = method.updates.amount(step, self.updater.total_steps)

@@ -29,9 +29,7 @@ def check_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: s
         own = masks[name].mask
         if mask.shape != own.shape or mask.dtype != torch.bool:
             found = f"{tuple(mask.shape)} {mask.dtype}"
-            raise ValueError(
-                f"The state_dict's mask of {name} is {found}, the model's is {tuple(own.shape)} torch.bool."
-            )
+            raise ValueError(f"The state_dict's mask of {name} is {found}, the model's is {tuple(own.shape)} torch.bool.")
     state, updater = state_dict.get(f"{prefix}updater._extra_state"), updater_of(model)
     counts = _check_training(updater, State.decode(state)) if state is not None and updater is not None else {}
     for name, mask in saved.items():
@@ -55,9 +53,7 @@ def _check_training(updater: UpdaterBase, state: State) -> dict[str, int]:
     """Raise if a state_dict is of another method or density; return the counts that it says its masks have."""
     otherwise = "or take over its masks alone: sparsify(model, masks={parameter name: mask})"
     if len(state.nonzeros) != len(updater.goals):
-        raise ValueError(
-            f"The state_dict is of {len(state.nonzeros)} masked weights, the model has {len(updater.goals)}."
-        )
+        raise ValueError(f"The state_dict is of {len(state.nonzeros)} masked weights, the model has {len(updater.goals)}.")
     if state.method != updater.method.name:
         raise ValueError(
             f"The state_dict was trained by method {state.method!r}, the model's is {updater.method.name!r}. Sparsify with "
@@ -129,9 +125,7 @@ def changed_schedule(method: Method, step: int, before: int, after: int) -> str:
 def _check_same_masks(model: nn.Module, keys: set[str]) -> None:
     """Raise if a state_dict has masks for other weights. Of tied ones, the name of one is enough: some files store no more."""
     found = {key for key in keys if key.endswith("_mask.mask")}
-    own: dict[str, Mask] = {
-        f"{n}.mask": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)
-    }
+    own: dict[str, Mask] = {f"{n}.mask": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Mask)}
     there = {own[key] for key in found & own.keys()}
     different = sorted((found - own.keys()) | {key for key, mask in own.items() if mask not in there})
     if found and different:

@@ -26,9 +26,7 @@ def sparse_models(module: nn.Module) -> dict[str, UpdaterBase]:
     """
     if found := updaters_of(module):
         return found
-    raise ValueError(
-        f"{type(module).__name__} has no sparse model inside: call sparsify() on it, or on a part of it, first."
-    )
+    raise ValueError(f"{type(module).__name__} has no sparse model inside: call sparsify() on it, or on a part of it, first.")
 
 
 def where_sparse(model: Any) -> str:

@@ -108,9 +108,7 @@ def _facts(updater: UpdaterBase, model: nn.Module) -> dict[str, Any]:
 def take_over(updater: UpdaterBase, model: nn.Module, optimizers: list[Optimizer], group: Any) -> None:
     """Give every rank what the rank that has taken most steps holds: weights, masks, state of updater and optimizers."""
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "synchronize() is for whole models on every rank; shards of one model cannot go different ways."
-        )
+        raise ValueError("synchronize() is for whole models on every rank; shards of one model cannot go different ways.")
     steps: list[Any] = [None] * dist.get_world_size(group)
     state: list[Any] = [updater.get_extra_state(), *(optimizer.state_dict() for optimizer in optimizers)]
     with _on_device_of(model):

@@ -54,11 +54,7 @@ class History:
 
 
 _ROOM = {False: 1024, True: 256}  # entries of the history that there is room for anyway, by whether counts vary
-_NUMBER, _PAIR, _FIXED = (
-    16,
-    30,
-    512,
-)  # bytes that JSON takes at most for a number, for a pair, and for what there is once
+_NUMBER, _PAIR, _FIXED = (16, 30, 512)  # bytes that JSON takes at most for a number, for a pair, and for what there is once
 
 
 @dataclass

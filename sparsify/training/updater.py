@@ -40,12 +40,7 @@ class Updater(UpdaterBase):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        goals: Mapping[str, Goal],
-        reasons: Mapping[str, Reason],
-        seed: int = 0,
+        self, model: nn.Module, method: Method, goals: Mapping[str, Goal], reasons: Mapping[str, Reason], seed: int = 0
     ) -> None:
         super().__init__()
         self.method = method
@@ -116,8 +111,7 @@ class Updater(UpdaterBase):
             warnings.warn(_SHARED, stacklevel=2)
         for name in self.replaced:
             warnings.warn(
-                f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.",
-                stacklevel=2,
+                f"{name} was masked, but its layer has been replaced since sparsify(): it trains dense now.", stacklevel=2
             )
 
     def detach(self, *, keep_step: bool = False) -> None:
@@ -155,9 +149,7 @@ class Updater(UpdaterBase):
             ValueError: the model is sharded.
         """
         if not self.trains_with_others():
-            raise RuntimeError(
-                "synchronize() is for several ranks: torch.distributed is not initialized here, or has one."
-            )
+            raise RuntimeError("synchronize() is for several ranks: torch.distributed is not initialized here, or has one.")
         optimizers = [hooks.optimizer for hooks in self._attached]
         ranks.take_over(self, self._model[0], optimizers, self._process_group)
         self.renew()
