@@ -1,4 +1,4 @@
-"""Shards: tensors of which every rank holds a part, as FSDP2 (`fully_shard`) makes of parameters.
+"""Shards: tensors spread over ranks, a part on each, as FSDP2 (`fully_shard`) makes of parameters.
 
 Masks are whole on every rank: one byte per weight, and no communication to keep them equal. What is sharded is gathered
 where a mask is decided, and masked where it lies.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(value: Any) -> bool:
-    """Tell whether a tensor is spread over ranks."""
+    """Whether a tensor is spread over ranks."""
     module = sys.modules.get("torch.distributed.tensor")  # half a second to import, and without it there is no such tensor
     return module is not None and isinstance(value, module.DTensor)
 

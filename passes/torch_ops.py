@@ -40,7 +40,7 @@ INDEXING = frozenset(
     """getitem index_select select narrow gather take take_along_dim embedding embedding_bag interpolate upsample
     grid_sample""".split()
 )
-# Reads a parameter without multiplying activations by it along a dimension; whatever is elementwise need not be named.
+# Reads a parameter without multiplying activations by it along a dimension; elementwise functions need not be named.
 READERS = INDEXING | frozenset(
     """cat concat concatenate stack hstack vstack dstack repeat repeat_interleave tile roll flip rot90 pad size dim numel
     getattr layer_norm group_norm batch_norm instance_norm rms_norm local_response_norm normalize softmax log_softmax mean sum
@@ -54,19 +54,19 @@ _ALIASES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "a
 
 @functools.cache
 def is_pointwise(name: str) -> bool:
-    """Tell whether the function or method of this name works element by element."""
+    """Whether the function or method of this name works element by element."""
     packet = getattr(torch.ops.aten, _ALIASES.get(name, name), None)
     packet = packet or getattr(torch.ops.aten, name.removeprefix("i"), None)  # operator.iadd
     return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 def is_metadata(node: fx.Node) -> bool:
-    """Tell whether a node asks what is known of a tensor before its values are."""
+    """Whether a node asks what is known of a tensor before its values are."""
     return node.target in ("size", "dim", "numel") or (node.target is getattr and node.args[1] in METADATA)
 
 
 def is_view(node: fx.Node) -> bool:
-    """Tell whether a node only looks at its first input in another shape or number format."""
+    """Whether a node only looks at its first input in another shape or number format."""
     if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target is getattr:

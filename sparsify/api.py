@@ -70,12 +70,12 @@ def sparsify(
         inputs: what `flop_report` takes; needed for `flops` and `verify`. Where it is given, a run on its shapes finds what
             Python code multiplies by, and proves that every masked weight is used through its mask.
         exclude: fnmatch patterns of parameter names that stay dense.
-        include: fnmatch patterns of parameter names that are masked whatever reads them: embeddings, norm gains, weights of
+        include: fnmatch patterns of parameter names that are masked in any case: embeddings, norm gains, weights of
             operations that are not known.
         blocks: patterns of module paths, in which `*` stops at dots ("layer?.*", "encoder.layers.*"): these modules go on
             being called as modules, each with a graph of its own, as `fully_shard` per block and hooks need it.
         masks: instead of a density: a sparsified model to take the masks of, a pruned dense one whose zeros say what is dropped
-            (`model` itself, for one), or {parameter name: bool mask}. With the weights that a trained network started from
+            (such as `model` itself), or {parameter name: bool mask}. With the weights that a trained network started from
             they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
@@ -215,8 +215,8 @@ def _check_reads(model: nn.Module, inputs: Any) -> None:
         unmask_(model)
         name = past[0].partition(" ")[0]
         raise ValueError(
-            f"{past[0]} is read past its mask, by code that does not name it as an attribute (parameters() or a list, for "
-            f"one). Keep it dense with exclude=[{name!r}]."
+            f"{past[0]} is read past its mask, by code that does not name it as an attribute (such as parameters() or a "
+            f"list). Keep it dense with exclude=[{name!r}]."
         )
 
 

@@ -81,7 +81,7 @@ def check_verification(verify: Any, inputs: Any) -> None:
 
 
 def is_number(value: Any, kind: Any = numbers.Real) -> bool:
-    """Tell whether a value is a number, numpy's included; True and False are none."""
+    """Whether a value is a number, numpy's included; True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

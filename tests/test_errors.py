@@ -48,7 +48,7 @@ BAD_CALLS = {
     ),
     "distribution of other names": (
         {"density": 0.1, "distribution": lambda s, d: {"conv1": 0.5}},
-        "names 'conv1', which is no weight; weights are conv1.weight",
+        "names 'conv1', which is not a weight; weights are conv1.weight",
     ),
     "seed": ({"density": 0.1, "seed": "a"}, "seed is 'a'; it must be a whole number"),
     "half a seed": ({"density": 0.1, "seed": 1.5}, "seed is 1.5; it must be a whole number"),

@@ -179,11 +179,11 @@ def forged(path: Path, **changes: object) -> None:
 
 HOSTILE = {
     "a shape as large as memory": ({"shapes": {"0.weight": [2**40, 2**20]}}, "bytes for"),
-    "a negative shape": ({"shapes": {"0.weight": [-12, -10]}}, "no shape"),
-    "a shape of text": ({"shapes": {"0.weight": "12x10"}}, "no shape"),
+    "a negative shape": ({"shapes": {"0.weight": [-12, -10]}}, "not a shape"),
+    "a shape of text": ({"shapes": {"0.weight": "12x10"}}, "not a shape"),
     "shapes of nothing": ({"shapes": {}}, "not of the same weights"),
     "shapes of what is not there": ({"shapes": {"9.weight": [12, 10]}}, "not of the same weights"),
-    "shapes that are a list": ({"shapes": [1]}, "no mappings"),
+    "shapes that are a list": ({"shapes": [1]}, "not mappings"),
     "deep metadata": ({"shapes": "[" * 100_000}, "damaged"),
     "a mask of too few weights": ({"0.weight#mask": torch.zeros(15, dtype=torch.uint8)}, "its mask keeps 0 weights"),
     "a mask of too many weights": ({"0.weight#mask": torch.full((15,), 255, dtype=torch.uint8)}, "its mask keeps 120"),
@@ -213,7 +213,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         "a huge header": struct.pack("<Q", 2**62) + b"{}",
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="no sparse file, or damaged"):
+        with pytest.raises(ValueError, match="not a sparse file, or is damaged"):
             read_sparse(tmp_path / name)
     save_file({"0.weight": torch.zeros(3)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="it is a file of None, not of save_sparse"):
@@ -397,10 +397,10 @@ def test_checkpoints_that_are_none_change_nothing(tmp_path: Path) -> None:
     whole = (tmp_path / "run.pt").read_bytes()
     for name, content in {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="is no checkpoint, or damaged"):
+        with pytest.raises(ValueError, match="is not a checkpoint, or is damaged"):
             load_checkpoint(tmp_path / name, model=model)
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="is no file of save_checkpoint"):
+    with pytest.raises(ValueError, match="was not written by save_checkpoint"):
         load_checkpoint(tmp_path / "state.pt", model=model)
     other = make(RigL(3))
     adam = torch.optim.AdamW(other.parameters())

@@ -41,7 +41,7 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
     for name in """is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled
     get_autocast_dtype get_autocast_gpu_dtype get_autocast_cpu_dtype is_autocast_cache_enabled""".split()
 }
-# What torch's `checkpoint` ends in, by whatever name it was called.
+# What torch's `checkpoint` ends in, under every name.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
 _saving: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 _torch_jit_isinstance = torch.jit.isinstance

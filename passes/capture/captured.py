@@ -26,7 +26,7 @@ class Captured(Host, fx.GraphModule):
 
     `graph`, `code` and everything fx does with them are those of the current mode; assigning `graph` replaces that of
     the current mode, or of both while they are one. `forward` chooses between two fixed functions by `self.training`,
-    so that `torch.compile` and pickling see both. Where a call is none that the graphs hold for (other kinds of arguments,
+    so that `torch.compile` and pickling see both. For a call that the graphs do not hold for (other kinds of arguments,
     hooks or modes of modules that they do not call), the module's own Python code runs, on the masked weights.
     """
 
@@ -37,7 +37,7 @@ class Captured(Host, fx.GraphModule):
     _lineno_map: ClassVar[dict[int, int]] = {}  # dynamo asks which nodes the lines of `forward` are: none
 
     def ignore_later_hooks(self) -> None:
-        """Go on running graphs whatever hooks are added to modules that they do not call, if there are none yet."""
+        """Go on running graphs when hooks are added later to modules that the graphs do not call."""
         if not any(map(has_hooks, self._through)):
             vars(self)["_through"] = ()
 
@@ -106,7 +106,7 @@ def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], 
 
 
 def _masks_computed(module: Captured, node: fx.Node) -> bool:
-    """Tell whether a node hands a guest what was computed from a weight, which Python code reads without the guest."""
+    """Whether a node hands a guest what was computed from a weight, which Python code reads without the guest."""
     called = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Guest)
     return called and node.all_input_nodes[0].op != "get_attr"
 
@@ -144,7 +144,7 @@ def _explain_missing(module: Captured, error: AttributeError) -> None:
 
 
 def is_there(module: nn.Module, path: str) -> bool:
-    """Tell whether what a node of a graph names is there."""
+    """Whether what a node of a graph names is there."""
     try:
         operator.attrgetter(path)(module)
     except AttributeError:

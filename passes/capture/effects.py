@@ -35,7 +35,7 @@ _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, sl
     nn.Parameter,
 }
 _OWN = ("_parameters", "_buffers", "_modules")
-_UNWRITTEN = frozenset(vars(nn.Module())) - {*_OWN}  # hooks, for one: not by forward
+_UNWRITTEN = frozenset(vars(nn.Module())) - {*_OWN}  # such as hooks: forward does not write these
 
 
 def rng_state() -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ def preserve_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def modes_kept(model: nn.Module, evaluating: bool = False) -> Iterator[None]:
-    """Run a block and put the modes of all modules back; `evaluating` sets them first, past whatever `eval` does besides."""
+    """Run a block and put the modes of all modules back; `evaluating` sets them to evaluation without calling `eval`."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes if evaluating else ():
@@ -183,7 +183,7 @@ _FOREIGN = ("torch", "numpy", "logging", "threading", "_thread", "re", "functool
 
 @functools.cache
 def _is_users(cls: type) -> bool:
-    """Whether a class may keep state that forward writes; loggers remember what they have said, and that is no state."""
+    """Whether a class may keep state that forward writes; what loggers remember does not count."""
     return cls.__module__.partition(".")[0] not in _FOREIGN and not issubclass(cls, logging.Logger)
 
 

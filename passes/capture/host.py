@@ -28,7 +28,7 @@ class Guest(nn.Module):
 
 
 class Host(nn.Module):
-    """Mixin: hides guests from whoever goes through the children, and masks what is read of its weights while it runs."""
+    """Mixin: hides guests from code that goes through the children, and masks what is read of its weights while it runs."""
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -103,7 +103,7 @@ def _delegate(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def container_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    """Return methods for a class derived from `base` by which containers do not show their guests.
+    """Return methods for a class derived from `base` that hide the guests of containers.
 
     nn.Sequential, nn.ModuleList and nn.ModuleDict read their children past `named_children`.
     """

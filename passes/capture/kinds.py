@@ -44,7 +44,7 @@ UNKNOWN = Kind(None)
 
 
 class Kinds:
-    """The kinds of the nodes of a graph under construction, each worked out once, when somebody asks.
+    """The kinds of the nodes of a graph under construction, each worked out once, when it is asked for.
 
     Args:
         root: the module that is traced.
@@ -89,7 +89,7 @@ class Kinds:
 
 
 def returns_tensor(module: nn.Module) -> bool:
-    """Whether a module is one of torch.nn's that return one tensor whatever they get."""
+    """Whether a module is one of torch.nn's that always return one tensor."""
     own = type(module).__module__.startswith("torch.nn.modules") and not module._modules
     return own and not isinstance(module, (*_PASSING, *_SEVERAL))
 

@@ -9,10 +9,10 @@ HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_builtin(module: nn.Module) -> bool:
-    """Tell whether a graph keeps `module` whole: all the code it runs on weights is torch.nn's, and it is no nn.Sequential.
+    """Whether a graph keeps `module` whole: all the code it runs on weights is torch.nn's, and it is not an nn.Sequential.
 
-    An nn.TransformerEncoder of layers that the user wrote is none, nor is a parametrized layer: its graph shows how the
-    weight is made. Nor are containers, which nobody calls.
+    Not an nn.TransformerEncoder of layers that the user wrote, nor a parametrized layer, whose graph shows how the weight is
+    made, nor a container, which is never called.
     """
     forward = type(module).forward
     own = not is_container(module) and forward.__module__.startswith(("torch.nn", "torch.ao.nn"))
@@ -27,12 +27,12 @@ def _is_torchs(child: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Tell whether a module only holds others or parameters: it has no forward."""
+    """Whether a module only holds others or parameters: it has no forward."""
     return type(module).forward is nn.Module.forward
 
 
 def is_called_whole(module: nn.Module) -> bool:
-    """Tell whether a graph calls `module` as it is: it has no parameters, or hooks that must go on running.
+    """Whether a graph calls `module` as it is: it has no parameters, or hooks that must go on running.
 
     A module without parameters gains nothing from being traced, and stays exact in what a graph would freeze:
     its own mode, randomness, Python state.

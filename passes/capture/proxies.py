@@ -1,6 +1,6 @@
 """Proxies: what stands for a value while a graph is traced, and answers questions as that value would, or refuses.
 
-fx's own proxy is no Tensor, has every attribute and is never None, so code that asks takes a branch that it would not take
+fx's own proxy is not a Tensor, has every attribute and is never None, so code that asks takes a branch it would not take
 with data. Here a proxy answers by the kind of its value (`passes.capture.kinds`). Where that is not known, the code stays
 Python. What builtins such as isinstance() ask is answered in `passes.capture.asking`: a proxy whose `__class__` is Tensor
 would crash torch.

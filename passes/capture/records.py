@@ -130,7 +130,7 @@ class GlobalRecord(Record):
 
 
 class TensorRecord(Record):
-    """A tensor that is no parameter: writes in place raise its version."""
+    """A tensor that is not a parameter: writes in place raise its version."""
 
     def copy(self) -> Any:
         self.version = self.value._version

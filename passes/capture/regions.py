@@ -126,7 +126,7 @@ def called_modules(module: nn.Module, graphs: dict[bool, fx.Graph]) -> list[tupl
 
 
 def _why_not(module: nn.Module, path: str) -> str | None:
-    """Say why one graph cannot stand for a module, before it is traced: nobody knows with which arguments it is called."""
+    """Say why one graph cannot stand for a module, before it is traced."""
     if is_container(module):
         return "it has no forward: other code reads it"
     if "forward" in vars(module):
@@ -136,7 +136,7 @@ def _why_not(module: nn.Module, path: str) -> str | None:
     parameters = inspect.signature(type(module).forward).parameters.values()
     optional = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if optional and (path or len(required) < 2):  # of which `self` is one
+    if optional and (path or len(required) < 2):  # `self` is among them
         return f"which of its optional arguments it gets is not known ({', '.join(optional)})"
     return None
 

@@ -67,12 +67,12 @@ def _is_plain(kind: type) -> bool:
 
 
 class Tracer(TypedTracer):
-    """Traces with optional arguments at their defaults; calls whole whatever it cannot trace faithfully.
+    """Traces with optional arguments at their defaults; calls whole what it cannot trace faithfully.
 
     Args:
         state: a snapshot of the module that is traced, from before.
         called: Python functions that the graph calls as they are.
-        blocks: modules that a graph calls whole because somebody wants to go on calling them as modules.
+        blocks: modules that a graph calls whole because the user asked for it.
         careful: whether to compare the state after every module, which finds the one that changes it.
 
     Attributes:
@@ -132,7 +132,7 @@ class Tracer(TypedTracer):
             if len(self._refusals) == refusals and not (self.careful and self.state.difference(m)):
                 self.through.add(path)
                 return result
-        except Exception as error:  # whatever the user's code raises on a Proxy: `trace` goes on inside and says why
+        except Exception as error:  # anything, raised by user code on a proxy: `trace` goes on inside and says why
             _check_call(m, args, kwargs)
             self.refused |= failing_function(error)
         del self._refusals[refusals:]
@@ -183,7 +183,7 @@ class Tracer(TypedTracer):
         return self.refuse("iterates over a tensor")
 
     def _gets_parameter(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a user's module without parameters is given one: it may be a product made a module."""
+        """Whether a user's module without parameters is given one: it may be a product made a module."""
         nodes = [value.node for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
         for i, node in enumerate(nodes):
             while is_view(node):

@@ -118,7 +118,7 @@ def _differs(model: nn.Module, capture: Capture, paths: list[str], inputs: Any, 
 
 
 def _with_own_graphs(capture: Capture) -> Capture:
-    """Copy the graphs, each of which belongs to one module once it is installed."""
+    """Copy the graphs: once installed, a graph belongs to one module."""
     regions = {}
     for path, region in capture.regions.items():
         copies = {graph: _copy_graph(graph) for graph in dict.fromkeys(region.graphs.values())}

@@ -38,7 +38,7 @@ def sizes_of(layer: nn.Module, triple: bool = False) -> list[tuple[int, int]]:
 
 
 def _keeps_group_size(conv: nn.modules.conv._ConvNd) -> bool:
-    """Tell whether a narrower convolution has fewer groups rather than smaller ones: what leaves more widths to choose from."""
+    """Whether a narrower convolution has fewer groups rather than smaller ones: what leaves more widths to choose from."""
     return conv.in_channels == conv.out_channels and conv.groups > 1 and conv.in_channels <= conv.groups**2
 
 
@@ -55,7 +55,7 @@ def narrowed_layer(layer: nn.Module, inputs: Sequence[int], width: Width, triple
         A layer with the first of its old weights evenly thinned out.
 
     Raises:
-        TypeError: nobody knows how this kind of layer shrinks.
+        TypeError: this kind of layer cannot be narrowed.
     """
     new = copy.deepcopy(layer)
     attributes = _new_attributes(layer, inputs, width, triple)
@@ -135,7 +135,7 @@ def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width, tripl
         return {"embedding_dim": width(layer.embedding_dim)}
     if isinstance(layer, nn.RNNBase) and not layer.proj_size:
         return {"input_size": inputs[-1], "hidden_size": width(layer.hidden_size)}
-    raise TypeError(f"nobody knows how a {type(layer).__name__} shrinks")
+    raise TypeError(f"a {type(layer).__name__} cannot be narrowed")
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 from passes.capture.captured import install
 from passes.capture.regions import trace
 from passes.channels.layer_sizes import apply_sizes, narrowed_parameter, sizes_of
-from passes.channels.widths import Narrowing, Walk, Width, fed_nodes, is_triple, parameter_of
+from passes.channels.widths import Narrowing, NarrowingInterpreter, Width, fed_nodes, is_triple, parameter_of
 
 
 class Narrowable:
-    """A model whose graphs can be walked at any width.
+    """A model whose graphs can be run at any width.
 
     Args:
         model: any module that traces whole; it is not changed.
@@ -45,7 +45,7 @@ class Narrowable:
         self._inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
         self._graphs = list(dict.fromkeys(self.capture.regions[""].graphs.values()))
         self._last = {node for graph in self._graphs for node in _last_layers(graph, self._meta)}
-        self._outputs = self._walk(lambda size: size, Narrowing())
+        self._outputs = self._run(lambda size: size, Narrowing())
         self.sizes = self._find_sizes()
         while leaking := self._outputs_that_shrink():
             self.sizes = {size: multiple for size, multiple in self.sizes.items() if size not in leaking}
@@ -60,7 +60,7 @@ class Narrowable:
             ValueError: a node cannot follow; the message names it.
         """
         result = Narrowing()
-        if self._walk(lambda size: width(size) if size in self.sizes else size, result) != self._outputs:
+        if self._run(lambda size: width(size) if size in self.sizes else size, result) != self._outputs:
             raise ValueError("The narrowed model's outputs have other shapes: an output layer could not be told apart.")
         return result
 
@@ -84,11 +84,11 @@ class Narrowable:
         vars(model)["keeps_graph"] = True  # the original forward may hold the original sizes
         return model
 
-    def _walk(self, width: Width, narrowing: Narrowing) -> list[Any]:
+    def _run(self, width: Width, narrowing: Narrowing) -> list[Any]:
         shapes = []
         for graph in self._graphs:
             with torch.no_grad():
-                outputs = Walk(self._meta, self.capture, graph, width, narrowing, self._last).run(*self._inputs)
+                outputs = NarrowingInterpreter(self._meta, self.capture, graph, width, narrowing, self._last).run(*self._inputs)
             shapes.append([tuple(t.shape) for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)])
         return shapes
 
@@ -106,7 +106,7 @@ class Narrowable:
 
     def _outputs_that_shrink(self) -> set[int]:
         """Return the sizes that show in the model's outputs: those of output layers, which have to stay."""
-        narrowed = self._walk(lambda size: self.sizes.get(size, size), Narrowing())
+        narrowed = self._run(lambda size: self.sizes.get(size, size), Narrowing())
         shapes = zip(itertools.chain(*self._outputs), itertools.chain(*narrowed), strict=True)
         changed = {old for before, after in shapes for old, new in zip(before, after, strict=True) if old != new}
         return changed & set(self.sizes)

@@ -11,7 +11,7 @@ from passes.channels.narrow import Narrowable, Narrowing
 from passes.counting.inputs import forward_arguments
 from passes.masking.mask import masks_of
 
-_TRIALS = 12  # bisections, each a walk over the graph on meta tensors
+_TRIALS = 12  # bisections, each a run of the graph on meta tensors
 _STRETCH = 8  # a size grows by 1 / 8 of itself at most, to use what scaling all of them leaves of the budget
 _CLOSE = 0.995  # of the budget
 _TURNS = 4

@@ -1,4 +1,4 @@
-"""Walk: one run of a graph on meta tensors, with every layer narrowed as it is reached."""
+"""Widths: one run of a graph on meta tensors, with every layer narrowed as it is reached."""
 
 import math
 from collections.abc import Callable, Container
@@ -16,7 +16,7 @@ Width = Callable[[int], int]  # channels of the original -> channels of the narr
 
 @dataclass
 class Narrowing:
-    """What a walk over the graphs found: new shapes of parameters, and new constants of nodes."""
+    """What a run of the graphs found: new shapes of parameters, and new constants of nodes."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)  # by module path, narrowed, on meta
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # read outside of layers, by name
@@ -42,7 +42,7 @@ def fed_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def is_triple(node: fx.Node, layer: nn.Module) -> bool:
-    """Tell whether a linear layer makes queries, keys and values, which are then taken apart."""
+    """Whether a linear layer makes queries, keys and values, which are then taken apart."""
     if not isinstance(layer, nn.Linear) or layer.out_features != 3 * layer.in_features:
         return False
     names = ("chunk", "split", "reshape", "view", "unflatten", "tensor_split")
@@ -57,7 +57,7 @@ def parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
     return module.get_submodule(owner)._parameters.get(attribute)
 
 
-class Walk(fx.Interpreter):
+class NarrowingInterpreter(fx.Interpreter):
     """Run a graph on meta tensors, narrowing every layer as it is reached."""
 
     def __init__(

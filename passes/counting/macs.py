@@ -92,7 +92,7 @@ _batch_norm_eval = _by_fvcore(fvcore.batchnorm_flop_jit, lambda args: (*args[:5]
 _group_norm = _by_fvcore(fvcore.norm_flop_counter(1))
 _pool = _by_fvcore(fvcore.elementwise_flop_counter(1, 0))
 
-# {operation: (its counter, the positions of the operands that may be weights)}. What addmm adds is none.
+# {operation: (its counter, the positions of the operands that may be weights)}. The bias that addmm adds is not one.
 _MACS: dict[str, tuple[Callable[[Operation], int], tuple[int, ...]]] = {
     "aten.convolution": (_convolution, (1,)),
     "aten.mm": (_matmul, (0, 1)),

@@ -122,11 +122,11 @@ class Recorder(TorchDispatchMode):
                     self._owners[_storage(output)] = owners
 
     def _owners_of(self, op: str, sources: list[tuple[str, ...]], size: int) -> tuple[str, ...]:
-        """Say of which parameters a value is made: one as large as a parameter is that parameter, transformed."""
+        """List the parameters that a value is made of: a value as large as a parameter is that parameter, transformed."""
         names = tuple(dict.fromkeys(name for owners in sources for name in owners))
         if op in _JOINING:
             return names
-        if op in _TABLES:  # rows are no weight, but matrices that are chosen from a stack are
+        if op in _TABLES:  # rows are not weights, but matrices chosen from a stack are
             return names if names and all(name in self._stacks for name in names) else ()
         if op in _PRODUCTS and len(names) > 1:  # what a parameter times a weight is, is an activation
             return ()

@@ -77,7 +77,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 
 
 def _needs_data(error: Exception) -> bool:
-    """Tell whether an operation failed because meta tensors have no values: torch has no one exception for it."""
+    """Whether an operation failed because meta tensors have no values: torch has no one exception for it."""
     phrases = ("meta tensor", "meta backend", "meta device", "'Meta'", "data-dependent", "data dependent", "data-independent")
     return any(phrase in str(error) for phrase in phrases)
 

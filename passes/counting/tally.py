@@ -77,7 +77,7 @@ def tally(model: nn.Module, inputs: Any) -> Tally:
     run = record(model, args, kwargs)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     ops: dict[str, str] = {}
-    weights, products, nodes, uncounted = (Counter[str](), Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter())
+    weights, products, nodes, uncounted = Counter[str](), Counter(), Counter(), Counter()
     past, other = [], 0
     for operation in run.operations:
         cost, op = count(operation), operation.name.removeprefix("aten.")

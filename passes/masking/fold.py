@@ -46,14 +46,14 @@ def _bake(model: nn.Module) -> None:
     for (owner, name), mask in kept.items():
         owner.register_buffer(name, mask)
     for (owner, name), used in baked.items():
-        cls: Any = type(owner)  # of which torch deletes the attribute, and which all copies share
+        cls: Any = type(owner)  # all copies share it, and torch deletes its attribute
         _set_class(owner, type(cls.__name__, cls.__bases__, dict(vars(cls))))
         parametrize.remove_parametrizations(owner, name)
         owner.get_parameter(name).data = used
 
 
 def transformed_weights(model: nn.Module) -> list[str]:
-    """List the masked weights of which the model uses something else that is not 0 where they are: no dense model does."""
+    """List the masked weights that the model transforms into values that are not 0 where the mask drops."""
     names = {mask: name for name, mask in masks_of(model).items()}
     with modes_kept(model, evaluating=True):
         nodes = [(m, node) for m in model.modules() if isinstance(m, Captured) for node in _needed(m)]

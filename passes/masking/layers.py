@@ -59,10 +59,10 @@ def _keep_flat_weights(self: Any) -> None:
 
 @functools.cache
 def masked_class(base: type[nn.Module], name: str) -> Any:
-    """Return the class of this name by which modules of the class `base` run on masked weights."""
+    """Return a class of this name that runs the class `base` on masked weights."""
     direct = _DIRECT.get(base.forward)
 
-    @functools.wraps(base.forward)  # signature and module of the original, by which `is_builtin` goes
+    @functools.wraps(base.forward)  # keeps signature and module, which `is_builtin` reads
     def forward(self: Masked, *args: Any, **kwargs: Any) -> Any:
         return direct(self, *args, **kwargs) if direct else run_reading(base.forward, self, *args, **kwargs)
 

@@ -28,9 +28,9 @@ BESIDE = "beside"  # another parameter in that, such as the norms of weight norm
 class Mask(Guest):
     """One mask and its rule: how a weight is used in training, in evaluation, and when its gradient decides growth.
 
-    The parameter is kept masked by whoever changes it, so training reads it as it is and masks its gradient. Evaluation
+    The updater keeps the parameter masked, so training reads it as it is and masks its gradient. Evaluation
     applies the mask, so that averaged or tampered weights stay sparse, and so does training until an optimizer is attached,
-    whenever something has written to dropped weights, since nobody keeps those masked. While `dense_gradient` is set,
+    whenever something has written to dropped weights, since nothing keeps those masked. While `dense_gradient` is set,
     training returns the parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed
     there.
 
@@ -39,7 +39,7 @@ class Mask(Guest):
 
     Args:
         mask: bool, the shape and strides of its weight.
-        nonzeros: the number of True elements, which the host keeps so that nobody has to ask the device.
+        nonzeros: the number of True elements, kept on the host so that the device need not be asked.
     """
 
     mask: Tensor
@@ -55,7 +55,7 @@ class Mask(Guest):
         self._own: Any = None  # a weak reference to the parameter that is masked
 
     def belongs_to(self, weight: nn.Parameter) -> None:
-        """Say which parameter is masked: `functional_call` brings others, which are nobody's to change or to speak of."""
+        """Say which parameter is masked: `functional_call` brings others, which must not be changed or warned of."""
         self._own = weakref.ref(weight)
 
     @property
@@ -126,7 +126,7 @@ class Mask(Guest):
         return self.look(weight)
 
     def look(self, weight: nn.Parameter) -> bool:
-        """Tell whether dropped weights are 0, unless it was told since the last write; warn where they are not.
+        """Whether dropped weights are 0, unless it was told since the last write; warn where they are not.
 
         Where the mask was written too, as by averages that take it over from their model, they become 0. Waits for the device.
         """

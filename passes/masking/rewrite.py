@@ -76,7 +76,7 @@ def _mask_transformed(
     for value, weight in values.items():
         attributes = {n: attribute(module, str(n.target)) for n in inside[value] if n.op == "get_attr"}
         source = next(node for node, other in attributes.items() if other is weight)
-        (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before whatever reads something beside it
+        (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before everything that needs it
         shared = set().union(*(inside[other] | {other} for other in values if other is not value))
         for node, other in attributes.items():
             if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):
@@ -134,7 +134,7 @@ def _rename_masked(node: fx.Node, name: str) -> None:
 
 
 def check_masked(model: nn.Module) -> None:
-    """Prove that whatever reads a masked weight of an installed model reads it through its mask.
+    """Prove that every read of a masked weight of an installed model goes through its mask.
 
     A module that owns one gives the masked weight to Python code (`passes.capture.host`), and a node of a graph that reads
     one is read by its mask alone.

@@ -34,13 +34,13 @@ def zero_dropped_(tensor: Tensor, mask: Tensor) -> Tensor:
         zero_dropped_(local(tensor), own_part(mask, tensor))
         return tensor
     if tensor.is_sparse:
-        return tensor.copy_(masked(tensor, mask))
+        return tensor.copy_(zero_dropped(tensor, mask))
     if not _mask_bits_(tensor, mask):
         tensor.masked_fill_(~mask, 0)
     return tensor
 
 
-def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+def zero_dropped(tensor: Tensor, mask: Tensor) -> Tensor:
     """Return a tensor, strided or sparse, with 0 where `mask` is False."""
     if not tensor.is_sparse:
         return torch.where(mask, tensor, 0)
@@ -50,7 +50,7 @@ def masked(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
-    """Multiply the bits of a tensor by a mask where they lie in memory alike, and tell whether they do."""
+    """Multiply the bits of a tensor by a mask if both lie alike in memory; return whether they do."""
     integer = _INTEGERS.get(tensor.dtype) if tensor.is_cpu and tensor.stride() == mask.stride() else None
     if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         return False
@@ -86,7 +86,7 @@ class MaskGradient(torch.autograd.Function):
         own = ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         if own and _mask_bits_(grad, mask):
             return grad, None, None
-        return masked(grad, mask), None, None
+        return zero_dropped(grad, mask), None, None
 
 
 class MaskTangent(MaskGradient):

@@ -45,7 +45,7 @@ class _Derived:
     """A value that is computed from parameters and constants alone."""
 
     parameters: tuple[nn.Parameter, ...] = ()
-    through: tuple[str, ...] = ()  # what is no view on the way
+    through: tuple[str, ...] = ()  # the operations on the way that are not views
     indexed: bool = False
 
     @property
@@ -134,7 +134,7 @@ def _derive(module: nn.Module, node: fx.Node, derived: dict[fx.Node, _Derived]) 
     if name_of(node) in JOINING:
         through = tuple(dict.fromkeys(step for i in known for step in i.through))
         return _Derived(parameters, through, any(i.indexed for i in known))
-    if len(parameters) > 1 and any(_weight_operands(node)):  # a parameter times a weight is no weight any more
+    if len(parameters) > 1 and any(_weight_operands(node)):  # a parameter times a weight is an activation
         return _Derived()
     through = tuple(dict.fromkeys([step for i in known for step in i.through] + [_label(module, node)]))
     return _Derived(parameters, through, name_of(node) in INDEXING or any(i.indexed for i in known))
@@ -171,7 +171,7 @@ def _is_python(node: fx.Node) -> bool:
 
 
 def _problem(module: nn.Module, node: fx.Node) -> Reason | None:
-    """Say why nobody knows what a node does with a parameter, None where it certainly does not multiply by it."""
+    """Say why it is unknown what a node does with a parameter; None where it certainly does not multiply by it."""
     if node.op == "output":
         return Reason(Why.UNSUPPORTED, "it leaves its graph as an output, for Python code to read", is_open=True)
     if node.op == "call_module":  # whose argument is an activation, unless the module is a product that someone wrapped

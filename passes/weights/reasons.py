@@ -9,7 +9,7 @@ _ASK = ". Give inputs=, and a run shows whether it is multiplied by; or name it 
 class Why(enum.Enum):
     """The kinds of reasons."""
 
-    RULE = "rule"  # somebody asked for it: an excluded weight, the first layer, a layout that does not fit
+    RULE = "rule"  # by request or by design: an excluded weight, the first layer, a layout that does not fit
     TABLE = "table"  # it is indexed before it is used, or no product reads it
     UNSUPPORTED = "unsupported"  # it cannot be masked where it is read
     UNKNOWN = "unknown"  # its consumer may multiply by it or not

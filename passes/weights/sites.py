@@ -197,7 +197,7 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
         known = [(kind, op, names) for kind, op, names in _LEAF_WEIGHTS if isinstance(module, kind)]
         for name, weight in module.named_parameters(recurse=False):
             own = [op for _, op, names in known if any(fnmatch.fnmatchcase(name, n) for n in names)]
-            if own and name in multiplied:  # somebody's own convolution
+            if own and name in multiplied:  # a user's own convolution
                 yield weight, Use(path, name, own[0], _out_dim(own[0])), None
             elif weight.dim() >= 3 and name in multiplied:
                 yield weight, Use(path, name, "experts" if multiplied[name] else "product", None), None

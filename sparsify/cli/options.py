@@ -68,7 +68,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="parameters that are masked whatever reads them: fnmatch patterns such as 'embedding.weight'",
+        help="parameters that are masked in any case: fnmatch patterns such as 'embedding.weight'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
     parser.add_argument(

@@ -19,7 +19,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     """Count the FLOPs, parameters and bytes of a model, statically.
 
     A copy of the structure runs on meta tensors: no data, no forward pass of the model, and nothing of it changes. Counted
-    is inference, whatever mode the model is in; weights that only training uses have rows with 0 MACs.
+    is inference, also in training mode; weights that only training uses have rows with 0 MACs.
 
     Args:
         model: any module, sparsified or dense, on any device including meta.
@@ -32,7 +32,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
 
     Raises:
         ValueError: the inputs do not fit the model; the message names the node.
-        TypeError: `inputs` is none of the three.
+        TypeError: `inputs` is something else.
 
     Example:
         >>> report = flop_report(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 10)), (1, 3, 8, 8))

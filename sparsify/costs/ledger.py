@@ -16,7 +16,7 @@ from sparsify.training.lookup import updater_of
 class CostRow:
     """One stretch of training over which the topology's counts stayed."""
 
-    step: int  # from the end of which they hold
+    step: int  # they hold from the end of it on
     density: float  # kept fraction over all masked weights
     inference_ratio: float  # inference FLOPs relative to dense
     training_ratio: float  # training FLOPs up to this step, relative to as many dense steps

@@ -47,7 +47,7 @@ def _spread(distribution: Distribution, sites: Sequence[Site], density: float) -
         raise ValueError(f"The distribution returned {densities!r}; it must return {{parameter name: density}}.")
     for name, value in densities.items():
         if name not in names:
-            raise ValueError(f"The distribution names {name!r}, which is no weight; weights are {', '.join(names[:5])}, ...")
+            raise ValueError(f"The distribution names {name!r}, which is not a weight; weights are {', '.join(names[:5])}, ...")
         if not is_number(value) or not 0 < value <= 1:
             raise ValueError(f"The distribution gives {name} the density {value!r}, which is not in (0, 1].")
     return dict(densities)

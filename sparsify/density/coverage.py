@@ -11,14 +11,14 @@ def dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, Reason], refuse:
 
     Args:
         sites: the weights.
-        excluded: of those that somebody wants to stay dense, why.
+        excluded: {parameter name: reason} of those that were asked to stay dense.
         refuse: why a weight cannot have such a mask as the method wants, "" where it can.
 
     Returns:
         {parameter name: reason}; a weight that is not in it is to be masked.
 
     Raises:
-        ValueError: there is nothing to mask, or nobody knows whether something is a weight.
+        ValueError: there is nothing to mask, or it is unknown whether something is a weight.
     """
     if not sites:
         raise ValueError("The model has nothing to mask: no convolution or linear layer consumes a parameter.")
@@ -37,6 +37,6 @@ def dense_by_rule(sites: Sequence[Site], excluded: Mapping[str, Reason], refuse:
     if len(reasons) == len(sites):
         raise ValueError(
             f"The model has nothing left to mask: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}. To mask a "
-            f"weight as it is read, whatever reads it, name it in include=[...]."
+            f"weight all the same, name it in include=[...]."
         )
     return reasons

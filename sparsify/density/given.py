@@ -44,7 +44,7 @@ def check_given(
         ValueError: at the first mask that does not fit the model, or weight that has none.
     """
     by_name = {site.name: site for site in sites}
-    zeros = isinstance(masks, nn.Module) and not masks_of(masks)  # of which embeddings, for one, may have some too
+    zeros = isinstance(masks, nn.Module) and not masks_of(masks)  # embeddings may have some too
     for name, why in rules.items() if zeros else ():
         if why.why is Why.UNSUPPORTED and name in given and not given[name].all():
             raise ValueError(

@@ -59,7 +59,7 @@ def rescale_to_fan_in(weight: Tensor, mask: Tensor, out_dim: int | None) -> None
     Args:
         weight: floating point, any shape.
         mask: bool, the same shape.
-        out_dim: the dimension that indexes outputs, each of which has a fan-in of its own; None takes the mean fan-in.
+        out_dim: the dimension that indexes outputs, each with its own fan-in; None takes the mean fan-in.
 
     Example:
         >>> weight = torch.ones(2, 4)

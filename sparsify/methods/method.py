@@ -37,7 +37,7 @@ class Updates:
     counts_vary: bool = False  # whether the plan may drop and grow different numbers in a layer
 
     def replaces_step(self) -> bool:
-        """Tell whether an update is taken instead of the optimizer's step."""
+        """Whether an update is taken instead of the optimizer's step."""
         return self.dense_gradients == "updates"
 
     def last(self, total_steps: int) -> int:
@@ -45,7 +45,7 @@ class Updates:
         return (self.steps(total_steps) or (0,))[-1]
 
     def dense_at(self, step: int, total_steps: int) -> bool:
-        """Tell whether this step computes gradients of dropped weights too."""
+        """Whether this step computes gradients of dropped weights too."""
         return (
             step in self.steps(total_steps)
             if self.replaces_step()
@@ -70,7 +70,7 @@ class Method:
     relative to dense. What a run of this library costs is worked out from `updates` (`sparsify.costs.ledger`).
 
     Example:
-        A method of one's own is another record; this one is RigL that drops by |w * dL/dw|:
+        Your own method is another record; this one is RigL that drops by |w * dL/dw|:
 
         >>> from dataclasses import replace
         >>> from sparsify import RigL, scores
@@ -102,7 +102,7 @@ class Method:
         return sum(t > step for t in self.updates.steps(total_steps)) if self.updates and total_steps else 0
 
     def counts_vary(self) -> bool:
-        """Tell whether an update may change how many weights a layer keeps."""
+        """Whether an update may change how many weights a layer keeps."""
         return self.updates is not None and (self.updates.counts_vary or not self.layout.exact)
 
 

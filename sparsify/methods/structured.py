@@ -54,7 +54,7 @@ def NM(  # noqa: N802
 ) -> Method:
     """RigL with exactly `n` of every `m` consecutive inputs kept, the pattern of sparse tensor cores (arXiv 2102.04010).
 
-    Weights whose input dimension is no multiple of `m` stay dense by rule.
+    Weights whose input dimension is not a multiple of `m` stay dense by rule.
 
     Args:
         n: kept of every group, from 1 to `m`.

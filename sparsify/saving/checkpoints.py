@@ -19,7 +19,7 @@ _OWN = {_RNG, _LOADED}
 
 
 def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
-    """Write what training needs to go on: whatever has a `state_dict`, plain values, and the state of torch's generators.
+    """Write what training needs to go on: parts with a `state_dict`, plain values, and the state of torch's generators.
 
     The model's `state_dict` holds masks, step, schedule and history, so training that goes on from the file does bit for
     bit what it would have done. A process that is killed at any moment leaves the file before or the file after. Under DDP
@@ -87,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any
     for name, part in parts.items():
         try:
             part.load_state_dict(state.pop(name))
-        except Exception as error:  # whatever a part raises
+        except Exception as error:  # a part may raise anything
             for other, kept in before.items():
                 parts[other].load_state_dict(kept)
             raise ValueError(
@@ -110,9 +110,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else ""  # further lines are advice to trust the file
-        raise ValueError(f"{path} is no checkpoint, or damaged: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__}: {reason}") from error
     if not isinstance(state, dict) or not state.keys() >= _OWN:
-        raise ValueError(f"{path} is no file of save_checkpoint(). Read it with torch.load() and load_state_dict().")
+        raise ValueError(f"{path} was not written by save_checkpoint(). Read it with torch.load() and load_state_dict().")
     return state
 
 

@@ -18,7 +18,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the block a path to write to, and move what it wrote to `path`, at once, when it ends well.
 
     Whoever reads `path`, even after this process is killed or the machine stops, finds the old file or the new one. It has
-    the old one's mode, or that of any new file; of a link, the file that it leads to is replaced.
+    the old one's mode, or that of any new file. For a link, the file that it leads to is replaced.
 
     Example:
         >>> import tempfile

@@ -25,7 +25,7 @@ def unpack(values: Tensor, bits: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
         ValueError: values, bits and shape contradict each other.
     """
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"{shape!r} is no shape")
+        raise ValueError(f"{shape!r} is not a shape")
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or values.dim() != 1 or bits.numel() != -(-size // 8):
         raise ValueError(f"its mask has {bits.numel()} bytes for {size} weights")

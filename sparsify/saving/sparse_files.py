@@ -37,7 +37,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file; its folder exists. Other tools read it as safetensors.
 
     Raises:
-        ValueError: the model has no masks, is sharded or on the meta device, or its `state_dict` holds what is no tensor.
+        ValueError: the model has no masks, is sharded or on the meta device, or its `state_dict` holds more than tensors.
         ImportError: the package safetensors is not there.
 
     Example:
@@ -152,7 +152,7 @@ def read_sparse(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     except FileNotFoundError:
         raise
     except (package.SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is no sparse file, or damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a sparse file, or is damaged: {type(error).__name__}: {error}") from error
     if facts.get("version") != _VERSION:
         raise ValueError(f"{path} is of version {facts.get('version')!r} of the format; this library reads {_VERSION!r}.")
     if facts.get("digest") != _digest(content, facts):
@@ -168,7 +168,7 @@ def _facts(path: Any) -> dict[str, str]:
 def _unpack_all(path: Any, content: dict[str, Tensor], shapes: Any, shared: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Undo the packing, trusting nothing: a digest says that a file is whole, not who wrote it."""
     if not isinstance(shapes, dict) or not isinstance(shared, dict):
-        raise ValueError(f"{path} is damaged: its metadata are no mappings.")
+        raise ValueError(f"{path} is damaged: its metadata are not mappings.")
     packed = {name for name in content if name.endswith(_BITS)}
     if packed != {f"{name}{_BITS}" for name in shapes} or not all(name in content for name in shapes):
         raise ValueError(f"{path} is damaged: values, masks and shapes are not of the same weights.")

@@ -35,7 +35,7 @@ class UpdaterBase(Guest):
     _total_steps: int
     _history: History
     _skipped_before: int  # by the state that was loaded
-    _skipped_said: int  # of which a warning has told
+    _skipped_said: int  # a warning has told of these
 
     # What others call.
 

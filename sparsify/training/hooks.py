@@ -48,7 +48,7 @@ class OptimizerHooks:
         for b in self.bound:
             b.mask.attended = True
         self._fresh = True
-        self._mask_weights()  # whoever initialized the weights anew after sparsify() did not know of masks
+        self._mask_weights()  # code that initialized weights after sparsify() did not know of masks
 
     def remove(self) -> None:
         """Let go of the optimizer."""
@@ -164,7 +164,7 @@ class OptimizerHooks:
             gradient = opt.dense_gradient(self.optimizer, b.weight)
             if gradient is None and method.prunes:
                 raise RuntimeError(
-                    f"{b.name} has no gradient, by which method {method.name!r} prunes in this step. Call backward() on the "
+                    f"{b.name} has no gradient, and method {method.name!r} prunes by it in this step. Call backward() on the "
                     f"loss of a batch before optimizer.step(), or freeze the weight (requires_grad_(False))."
                 )
             if gradient is None:

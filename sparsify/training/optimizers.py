@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from passes.capture.effects import preserve_rng
 from passes.shards import whole
 
-# With a gradient of zero these leave any weight where it is, whatever their state, which need not begin at zero.
+# With a gradient of zero these leave a weight where it is. Their state need not begin at zero.
 _STAND_STILL = frozenset("Rprop Adagrad".split())
 
 
 def stands_still(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer is known to move nothing that has a gradient of 0, by momentum for one."""
+    """Whether an optimizer is known to move nothing that has a gradient of 0, not even by momentum."""
     return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _STAND_STILL
 
 
@@ -135,7 +135,7 @@ def _is_zero(rate: Any) -> bool:
 
 
 def is_idle(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a step is none of training, as far as the host knows without waiting.
+    """Whether a step trains nothing, as far as the host knows without waiting.
 
     Either a fused optimizer is about to skip it, for a gradient that overflowed; or rates and gradients are all 0, and no
     closure will make others: torch.distributed.checkpoint takes such a step to learn what state an optimizer keeps. Rates are

@@ -43,7 +43,7 @@ def ignore_in_ddp(model: nn.Module, ignore: bool = True) -> None:
 
 
 def is_distributed(group: Any = None) -> bool:
-    """Tell whether this process trains beside others of a group; None is all."""
+    """Whether this process trains beside others of a group; None is all."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 

@@ -165,7 +165,7 @@ class Updater(UpdaterBase):
     # What hooks call.
 
     def trains_with_others(self) -> bool:
-        """Tell whether other processes train this model too."""
+        """Whether other processes train this model too."""
         return ranks.is_distributed(self._process_group)
 
     def compare_once(self) -> None:
