@@ -1,4 +1,4 @@
-"""Vocabulary: what torch's functions and methods do with a tensor that they get."""
+"""Torch ops: what torch's functions and methods do with a tensor that they get."""
 
 import functools
 import operator

@@ -55,7 +55,7 @@ def sparsify(
 ) -> nn.Module:
     """Make a model sparse and ready for sparse training.
 
-    The model is traced with torch.fx, every conv and linear weight that its graphs consume gets a mask, and
+    The model is traced with torch.fx, every conv, linear, attention and recurrent weight that it uses gets a mask, and
     `model.updater` will change the masks during training once an optimizer is attached to it.
 
     Args:
@@ -137,7 +137,8 @@ def sparsify(
     check_graphs("masking", model, capture.regions)
     _check_reads(model, inputs if capture.opaque else None)
     zero_dropped_weights_(model)
-    set_weights(model, sites)
+    if set_weights:
+        set_weights(model, sites)
     model.updater = Updater(model, method, goals, reasons, seed)
     ignore_in_ddp(model)
     return model
@@ -146,8 +147,9 @@ def sparsify(
 def fold(model: nn.Module) -> nn.Module:
     """Return a plain dense copy of a sparsified model, with the masks baked in.
 
-    The copy has the original class and runs the original forward; it exports and loads like any other model, and its
-    `state_dict` has the keys that the original had. It costs what the dense model costs.
+    The copy has the original class, runs the original forward, exports and loads like any other model, and its `state_dict`
+    has the keys that the original had (`passes.masking.fold` says what differs for weights that are transformed before use).
+    It costs what the dense model costs.
 
     Args:
         model: a model that `sparsify` returned; it is not changed.
@@ -179,7 +181,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, Reason]:
-    """Say of the weights that are to stay dense why: by a pattern, or as in the model that masks are taken of."""
+    """Return why weights stay dense: a pattern excludes them, or they are dense in the model that masks are taken of."""
     by_pattern = {p: checks.matching([p], names, "exclude") for p in patterns}
     found = {name: Reason(Why.RULE, f"excluded by {p!r}") for p, matches in by_pattern.items() for name in matches}
     updater = updater_of(masks) if isinstance(masks, nn.Module) else None

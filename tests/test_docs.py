@@ -55,6 +55,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def names() -> dict[str, Any]:
     """What the pages take for given."""
+    pruned = Net()
+    with torch.no_grad():
+        for weight in (p for p in pruned.parameters() if p.dim() > 1):
+            weight[weight.abs() < weight.abs().median()] = 0
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -71,8 +75,9 @@ def names() -> dict[str, Any]:
         "net": Net(),
         "initial": Net(),
         "trained": Net(),
+        "pruned": pruned,
         "module": Module(),
-        "quiet": {"accelerator": "cpu", "limit_train_batches": 1, **quiet},
+        "options": {"accelerator": "cpu", "limit_train_batches": 1, **quiet},
         "train": train,
     }
 

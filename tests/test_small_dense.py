@@ -9,15 +9,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from sparsify import flop_report, fold, small_dense, sparsify
+from sparsify.cli import load_model
 
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def build(name: str) -> nn.Module:
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return models.get_model(name, **options)
 
 
 CLASSIFIERS = models.list_models(module=models)
@@ -26,9 +22,7 @@ CLASSIFIERS = models.list_models(module=models)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_builds_and_trains(name: str) -> None:
     torch.manual_seed(0)
-    with torch.device("cpu" if name in SMALLEST or "regnet" in name else "meta"):  # regnets cannot be built on meta
-        model = build(name)
-    model = model if name in SMALLEST else model.to("meta")
+    model = load_model(name, device="cpu" if name in SMALLEST else "meta")
     small = small_dense(model, 0.1, input_shape(name))
     assert 0.099 * parameters(model) <= parameters(small) <= 0.1 * parameters(model)
     assert type(small).__name__ == type(model).__name__

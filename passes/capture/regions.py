@@ -1,4 +1,4 @@
-"""Capture: trace a model into one fx graph per mode.
+"""Regions: trace a model into one fx graph per mode.
 
 An analysis: it finds the maximal regions that fx can trace and changes nothing. `passes.capture.captured.install` then makes
 the model run the graphs.

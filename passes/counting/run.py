@@ -1,4 +1,4 @@
-"""Shapes: what a model computes on inputs of a given shape, found on the meta device without data where that is possible.
+"""Run: the operations of a model on inputs of a given shape, found on the meta device without data where that is possible.
 
 A copy of the model's structure runs on meta tensors under `passes.counting.recorder`. The model itself, its hooks, buffers and
 generators are not touched.

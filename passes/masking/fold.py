@@ -17,14 +17,14 @@ from passes.weights.computed import Computed
 def fold_(model: nn.Module) -> nn.Module:
     """Undo capture and masking, in place: every module gets its own class and forward back, dropped weights stay 0.
 
-    Where a weight is transformed before use into one that is not 0 where it is dropped, the result is baked in: a
-    parametrization is removed, and its module has the weight itself; any other code keeps its graph, with the mask as a buffer.
+    Some weights are transformed before use into values that are not 0 where the mask drops. If a parametrization does that, it
+    is removed and its module gets the result. Any other module keeps its graph, with the mask as a buffer.
 
     Args:
         model: a captured and masked model.
 
     Returns:
-        The same object, with the classes, parameters and state_dict keys of the original model but where something is baked in.
+        The same object, with the classes, parameters and state_dict keys of the original model, except for these.
     """
     zero_dropped_weights_(model)
     with modes_kept(model, evaluating=True):  # so that computing a weight changes nothing
@@ -62,7 +62,7 @@ def transformed_weights(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _needed(module: Captured) -> dict[fx.Node, Tensor]:
-    """Return the masked values of transformed weights that without their mask would be others."""
+    """Return the values of transformed weights that would change if the mask were removed."""
     graphs = dict.fromkeys(module._graphs.values())
     outer = [n for g in graphs for n in g.nodes if n.op == "call_module" and n.kwargs.get("role") == OUTER]
     found, computed = {}, Computed(module, meta=False)

@@ -1,7 +1,7 @@
-"""Layers: modules that hide their weights, on masked ones.
+"""Layers: modules whose own code reads their weights, run on masked ones.
 
-Conv and linear layers call their operation with the masked weight: the seam for kernels. Other modules whose own code reads
-weights, torch.nn's and the user's, run that code, and what it reads is masked (`passes.capture.host`).
+Conv and linear layers call their operation with the masked weight; a sparse kernel would go there. Others, torch.nn's and the
+user's, run their own code, and what it reads is masked (`passes.capture.host`).
 """
 
 import functools
@@ -54,7 +54,7 @@ def _set_flat_weights(self: Any, weights: list[Any]) -> None:
 
 
 def _keep_flat_weights(self: Any) -> None:
-    """Leave the list as it is: what is read of it is not the parameters, which torch would take for a change of them."""
+    """Leave the list as it is: it holds masked tensors, and torch would think that the parameters changed."""
 
 
 @functools.cache

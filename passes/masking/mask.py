@@ -31,11 +31,11 @@ class Mask(Guest):
     The updater keeps the parameter masked, so training reads it as it is and masks its gradient. Evaluation
     applies the mask, so that averaged or tampered weights stay sparse, and so does training until an optimizer is attached,
     whenever something has written to dropped weights, since nothing keeps those masked. While `dense_gradient` is set,
-    training returns the parameter itself and its `.grad` is dense, and so it is in evaluation where gradients are computed
-    there.
+    training returns the parameter itself and its `.grad` is dense. This also holds in evaluation mode while gradients are
+    enabled.
 
-    A weight that is transformed before use is masked before and after. Where all that a norm is taken of is 0, dropped or newly
-    grown, the transformation may divide by 0: that gives 0, and the NaN that comes back through it ends here.
+    A weight that is transformed before use is masked before and after. If every value that enters a norm is 0, dropped
+    or newly grown, the transformation may divide by 0. The result is set to 0, and NaN gradients stop here.
 
     Args:
         mask: bool, the shape and strides of its weight.
@@ -50,7 +50,11 @@ class Mask(Guest):
         self.nonzeros = nonzeros
         self.dense_gradient = False
         self.attended = False  # whether an attached optimizer keeps the weight masked
-        self._looked: tuple[Any, Any, bool] = (None, self._written(), False)  # at this weight and mask; they agreed
+        self._looked: tuple[Any, Any, bool] = (
+            None,
+            self._written(),
+            False,
+        )  # trace of weight and mask at the last check; whether dropped weights were 0
         self._said = False
         self._own: Any = None  # a weak reference to the parameter that is masked
 
@@ -111,7 +115,7 @@ class Mask(Guest):
         return function.apply(other, alive, False)
 
     def read(self, weight: Tensor) -> Tensor:
-        """Return the weight as Python code must see it that reads it as an attribute.
+        """Return what Python code gets when it reads the weight as an attribute.
 
         A view of the parameter wherever that is masked already, so that what the code writes to it is not lost.
         """

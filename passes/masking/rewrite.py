@@ -68,7 +68,7 @@ def _holds_weights(leaf: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> bool:
 def _mask_transformed(
     module: nn.Module, graph: fx.Graph, transformed: list[Read], masks: Mapping[nn.Parameter, Mask]
 ) -> set[fx.Node]:
-    """Mask what is computed from weights, and what it is computed with; return all nodes that it is computed from."""
+    """Mask transformed weights and the parameters beside them; return the nodes that they are computed from."""
     paths = {p: name for name, p in module.named_parameters(remove_duplicate=False)}
     values = {read.value: read.weight for read in transformed if read.value and read.weight in masks}
     inside = {value: _sources(value) for value in values}

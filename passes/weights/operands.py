@@ -101,7 +101,7 @@ def _weight_reads(
 
 
 def _own_dim(operand: fx.Node, weight: nn.Parameter, op: str, out_dim: int | None) -> int | None:
-    """Return the dimension of a weight that is one of an operand: the weight itself, or a matrix transposed."""
+    """Map the dimension of an operand back to the weight as it is stored, perhaps transposed."""
     if out_dim is None or (op == "matmul" and weight.dim() != 2):
         return None
     if operand.op == "get_attr":

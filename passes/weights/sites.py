@@ -233,7 +233,7 @@ def _replaced_weights(model: nn.Module, capture: Capture) -> Iterator[nn.Paramet
 
 
 def _unknown_weights(leaf: nn.Module) -> list[nn.Parameter]:
-    """Weights of a torch.nn module that is known to multiply, but not by these, or that others read from it."""
+    """Weights of a torch.nn module that are not in the table above, or that other code reads."""
     if not is_builtin(leaf):
         return []
     multiplying = (nn.ParameterList, nn.ParameterDict, *(cls for cls, _, _ in _LEAF_WEIGHTS))

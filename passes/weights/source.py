@@ -26,7 +26,7 @@ def multiplied_attributes(cls: type) -> dict[str, bool]:
         cls: whose source is at hand; of another, nothing is found.
 
     Returns:
-        {name: whether a part is selected first, or a product of stacks takes it whole: a stack of matrices}.
+        {name: whether it is a stack of matrices: indexed before use, or multiplied by as a stack}.
 
     Example:
         >>> multiplied_attributes(type("NoSource", (), {}))

@@ -103,14 +103,7 @@ def _show(model: nn.Module, report: FlopReport, shape: tuple[int, ...], options:
 
 
 def compare(reports: dict[str, FlopReport]) -> str:
-    """Return a table of several reports on one model: densities per layer, and the totals.
-
-    Args:
-        reports: {column title: report}.
-
-    Returns:
-        The text of the table.
-    """
+    """Return a table of several reports on one model, by column title: densities per layer, and the totals."""
     columns = list(reports.values())
     rows = [[x.name, *(f"{r.layers[i].density:.4f}" for r in columns)] for i, x in enumerate(columns[0].layers) if x.params]
     rows += [

@@ -5,9 +5,11 @@ import importlib
 import inspect
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def load_model(name: str, device: str = "meta") -> nn.Module:
@@ -37,11 +39,19 @@ def load_model(name: str, device: str = "meta") -> nn.Module:
     options = {k: v for k, v in options.items() if k in inspect.signature(builder).parameters}
     with warnings.catch_warnings():  # GoogLeNet and Inception warn of their own initialization
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            with torch.device(device):
-                return builder(**options)
-        except (RuntimeError, NotImplementedError):  # regnets compute widths with tensors, which meta cannot hold
+        with _WeightsOn(device):
             return builder(**options).to(device)
+
+
+class _WeightsOn(TorchFunctionMode):
+    """Put the weights of layers under construction on a device; unlike `torch.device`, not the numbers that regnets count with."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": self.device} if func is torch.empty else {})})
 
 
 def _from_factory(module: str, factory: str) -> nn.Module:

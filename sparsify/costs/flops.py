@@ -1,4 +1,4 @@
-"""Counting: the FLOPs, parameters and bytes of any model from shapes and mask densities, without a forward pass."""
+"""FLOPs: the report of any model, from one count of a forward pass and the densities of the masks."""
 
 from typing import Any
 

@@ -7,7 +7,7 @@ from typing import Any
 from passes.weights.reasons import Reason, Why
 from passes.weights.sites import Site
 from sparsify.checks import is_number, matching
-from sparsify.density.distributions import Distribution, solve_density
+from sparsify.density.distributions import Distribution
 
 Count = Callable[[Site, float], int]  # how many weights of a site a density keeps
 
@@ -64,7 +64,7 @@ def why_dense(site: Site, density: Any, distribution: Distribution) -> Reason:
 def density_for(
     flops: float, macs: Mapping[str, int], total: int, sites: Sequence[Site], distribution: Distribution, count: Count
 ) -> float:
-    """Solve for the density at which a model costs a share of its dense inference FLOPs.
+    """Solve by bisection for the density at which a model costs a share of its dense inference FLOPs.
 
     Args:
         flops: the share, in (0, 1].
@@ -74,8 +74,11 @@ def density_for(
         distribution: spreads a density over them.
         count: rounds each weight's density to a count.
 
+    Returns:
+        The largest density, to 1e-9, that costs no more.
+
     Raises:
-        ValueError: no density meets it.
+        ValueError: no density meets it; the message names the lowest share there is.
     """
     by_name = {site.name: site for site in sites}
 
@@ -84,4 +87,15 @@ def density_for(
         saved = sum(macs.get(name, 0) * (1 - count(by_name[name], value) / by_name[name].size) for name, value in spread)
         return 1 - saved / total
 
-    return solve_density(ratio, flops)
+    low, high = 1e-9, 1.0
+    if not ratio(low) <= flops <= 1:
+        raise ValueError(
+            f"flops={flops!r} cannot be met: what stays dense costs {ratio(low):.4f} of the dense network already, so ask for a "
+            f"ratio between that and 1, exclude fewer layers, or choose another distribution."
+        )
+    if ratio(high) <= flops:
+        return high
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) <= flops else (low, middle)
+    return low

@@ -94,34 +94,3 @@ def _scaled(raw: Mapping[str, float], sites: Sequence[Site], density: float) -> 
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "er": er, "erk": erk}
-
-
-def solve_density(ratio: Callable[[float], float], target: float) -> float:
-    """Find the density at which a network costs a given share of its dense FLOPs, by bisection.
-
-    Args:
-        ratio: FLOPs of the sparse network over those of the dense one, as a function of density; it must not fall.
-        target: the ratio to meet.
-
-    Returns:
-        The largest density, to 1e-9, whose ratio is at most `target`.
-
-    Raises:
-        ValueError: no density meets the target; the message names the lowest ratio there is.
-
-    Example:
-        >>> round(solve_density(lambda density: 0.2 + 0.8 * density, 0.6), 6)
-        0.5
-    """
-    low, high = 1e-9, 1.0
-    if not ratio(low) <= target <= 1:
-        raise ValueError(
-            f"flops={target!r} cannot be met: what stays dense costs {ratio(low):.4f} of the dense network already, so "
-            f"ask for a ratio between that and 1, exclude fewer layers, or choose another distribution."
-        )
-    if ratio(high) <= target:
-        return high
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if ratio(middle) <= target else (low, middle)
-    return low

@@ -1,4 +1,4 @@
-"""Plans: how many weights each layer drops and grows in an update.
+"""How many weights each layer drops and grows in an update, as plans.
 
 A plan is a function `(layers, amount) -> [(drop, grow)]`. The amount is the share of active weights to drop for a method that
 keeps its density, and the share of the final sparsity to have reached for one that prunes. Counts are Python integers; a plan

@@ -37,10 +37,6 @@ GROWTH_INITS: dict[str, Callable[[LayerState], Tensor] | None] = {"zeros": None,
 # Of kept weights, when a model is made sparse.
 
 
-def keep_weights(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Leave kept weights as they are."""
-
-
 def rescale_weights(model: nn.Module, sites: Sequence[Site]) -> None:
     """Rescale kept weights to the fan-in that their mask leaves."""
     masks = masks_of(model)
@@ -73,4 +69,4 @@ def rescale_to_fan_in(weight: Tensor, mask: Tensor, out_dim: int | None) -> None
     weight.mul_((dense / kept).sqrt().to(weight.dtype))
 
 
-INITS: dict[str, Callable[[nn.Module, Sequence[Site]], None]] = {"keep": keep_weights, "fan_in": rescale_weights}
+INITS: dict[str, Callable[[nn.Module, Sequence[Site]], None] | None] = {"keep": None, "fan_in": rescale_weights}

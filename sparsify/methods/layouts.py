@@ -1,4 +1,4 @@
-"""Layouts: which masks a layer may have - any elements or whole kernels, and in `rows` a constant fan-in or N of every M.
+"""Layouts: the masks a layer may have - any elements or whole kernels; in `row_layouts`, a constant fan-in or N of every M.
 
 A layout draws masks and exchanges weights inside one layer; how many are exchanged comes from a plan.
 """

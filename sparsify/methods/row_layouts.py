@@ -1,4 +1,4 @@
-"""Rows: layouts that keep as many weights in each of the rows that a weight is cut into - constant fan-in, N of every M."""
+"""Row layouts: as many weights in each of the rows that a weight is cut into - constant fan-in, or N of every M."""
 
 from functools import partial
 

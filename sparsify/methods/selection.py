@@ -1,4 +1,4 @@
-"""Topology: which weights to drop and which to grow, as pure functions of tensors.
+"""Selection: which weights to drop and which to grow, as pure functions of tensors.
 
 Nothing here asks the device for a number: counts come in as Python integers and results are masks of fixed shape.
 """

@@ -1,4 +1,4 @@
-"""Update: one change of topology, of several layers and of what their optimizer keeps for them."""
+"""Change: one change of topology, of several layers and of what their optimizer keeps for them."""
 
 import functools
 import os
@@ -89,7 +89,7 @@ def observe(updates: Updates, bound: Bound, average: Tensor | None, optimizer: O
 
 
 def _deciding(state: LayerState) -> Iterator[Tensor]:
-    """Yield what shows that something is not finite: the gradient, which weights that are not make so too, or the others.
+    """Yield what has to be finite: the gradient, since weights that are not make it so too, or momentum and weight.
 
     One after the other: what is sharded is gathered for it.
     """

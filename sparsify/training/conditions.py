@@ -11,7 +11,7 @@ from sparsify.methods.method import Goal, Method
 from sparsify.training import optimizers as opt
 from sparsify.training.change import Bound
 
-_LONGEST = 1_000_000  # steps: how far to look for a run with an update, since a record may have none at any length
+_LONGEST = 1_000_000  # steps: how far to look for a run with an update; a method may have none at any length
 
 
 def check_attach(

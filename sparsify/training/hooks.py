@@ -117,7 +117,7 @@ class OptimizerHooks:
             for b in self.bound:
                 observe(updates, b, self.updater.momentum(b.name), self.optimizer)
         if updates.replaces_step() and self._updates_at(step):
-            self._counts = self._update(step)  # one that has to come again neither trained nor updated
+            self._counts = self._update(step)  # if the update must be tried again, this step does not count
             opt.skip_step(self.optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -68,7 +68,7 @@ def check_same(updater: UpdaterBase, model: nn.Module, group: Any) -> None:
                 raise RuntimeError(
                     f"Ranks 0 and {rank} would train different networks; the first difference is {name}. Call sparsify() "
                     f"with the same model, arguments and seed on every rank and load the same checkpoint on all of them, or "
-                    f"let updater.synchronize() take over what the rank that has trained longest holds."
+                    f"call updater.synchronize() on every rank, which copies from the one that has taken most steps."
                 )
 
 

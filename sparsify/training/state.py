@@ -35,7 +35,7 @@ class History:
         self.entries = list(entries)
 
     def record(self, step: int, nonzeros: Mapping[str, int]) -> None:
-        """Enter counts; at one step those of the last that does. Clocks of several optimizers may differ: time goes on."""
+        """Enter counts, in place of others at the same step. Clocks of several optimizers may differ; time only goes on."""
         step = max([step, *(entry[0] for entry in self.entries[-1:])])
         if self.entries and self.entries[-1][0] == step:
             self.entries.pop()
