@@ -271,3 +271,15 @@ def test_gradients_shared_with_others_are_not_written() -> None:
     (second,) = torch.autograd.grad(gradient.sum(), weight)
     assert gradient.tolist() == [3.0, 0.0]
     assert second.tolist() == [6.0, 0.0]
+
+
+def test_a_batch_of_gradients_at_once() -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` asks for them."""
+    model = sparsify(nn.Sequential(nn.Linear(4, 3)), density=0.5)
+    model.updater.attach(torch.optim.SGD(model.parameters(), 0.1), total_steps=1000)
+    x, directions = torch.randn(5, 4), torch.randn(2, 5, 3)
+    weight = model[0].weight
+    (batched,) = torch.autograd.grad(model(x), weight, directions, is_grads_batched=True)
+    one_by_one = torch.stack([torch.autograd.grad(model(x), weight, v)[0] for v in directions])
+    torch.testing.assert_close(batched, one_by_one)
+    assert not batched[:, ~model.updater.masks["0.weight"]].any()

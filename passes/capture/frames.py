@@ -33,17 +33,12 @@ def user_frame() -> FrameType | None:
     return frame
 
 
-def place(frame: FrameType | None, line: int | None = None) -> str:
-    """Return file and line of a frame as people look for them, "" without a frame."""
-    return f"{frame.f_code.co_filename}:{line or frame.f_lineno}" if frame else ""
-
-
 def failing_place(error: BaseException) -> str:
     """Return file and line of the user's code in which an exception arose, as far in as it goes."""
     found, traceback = "", error.__traceback__
     while isinstance(traceback, TracebackType):
         if is_users(module_of(traceback.tb_frame)):
-            found = place(traceback.tb_frame, traceback.tb_lineno)
+            found = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return found
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from passes.shards import is_sharded, local, own_part
 
@@ -84,7 +85,7 @@ class MaskGradient(torch.autograd.Function):
         # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
         # gradient to both its operands. One that is itself differentiated is not ours to write either.
         own = ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if own and _mask_bits_(grad, mask):
+        if own and not is_legacy_batchedtensor(grad) and _mask_bits_(grad, mask):
             return grad, None, None
         return zero_dropped(grad, mask), None, None
 

@@ -44,7 +44,7 @@ def load_model(name: str, device: str = "meta") -> nn.Module:
 
 
 class _WeightsOn(TorchFunctionMode):
-    """Put the weights of layers under construction on a device; unlike `torch.device`, not the numbers that regnets count with."""
+    """Put new weights on a device, and unlike `torch.device` leave alone the tensors that regnets count channels with."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Options of the command line."""
 
 import argparse
+from typing import Any
 
 from sparsify.density.distributions import DISTRIBUTIONS
 from sparsify.methods.published import METHODS
@@ -28,71 +29,28 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument(
-        "model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)"
-    )
-    budget = result.add_mutually_exclusive_group()
+    add, budget = result.add_argument, result.add_mutually_exclusive_group()
+    add("model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)")
     budget.add_argument("--density", type=float, metavar="D", help="fraction of the weights to keep, in (0, 1]")
     budget.add_argument("--flops", type=float, metavar="F", help="fraction of the dense FLOPs to keep, in (0, 1]")
-    result.add_argument(
-        "--distribution",
-        default="erk",
-        metavar="NAME[,NAME...]",
-        help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)}; several print a comparison (default: erk)",
-    )
-    result.add_argument(
-        "--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)"
-    )
-    result.add_argument(
-        "--input",
-        type=_shape,
-        default=None,
-        metavar="1x3x224x224",
-        help="input shape (default: 1x3x224x224; video 1x3x16x224x224)",
-    )
-    _add_choices(result)
-    _add_outputs(result)
+    several = f"how density is spread over layers: {', '.join(DISTRIBUTIONS)}; several print a comparison (default: erk)"
+    add("--distribution", default="erk", metavar="NAME[,NAME...]", help=several)
+    add("--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)")
+    shapes = "input shape (default: 1x3x224x224; video 1x3x16x224x224)"
+    add("--input", type=_shape, metavar="1x3x224x224", help=shapes)
+    patterns: Any = {"nargs": "+", "default": [], "metavar": "PATTERN"}
+    add("--exclude", **patterns, help="parameters that stay dense: fnmatch patterns such as 'fc.*'")
+    add("--include", **patterns, help="parameters that are masked in any case: fnmatch patterns such as 'embedding.weight'")
+    add("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    verify = f"run the model and its graphs on random inputs and compare (default: up to {VERIFIED // 10**6} million MACs)"
+    add("--verify", action=argparse.BooleanOptionalAction, help=verify)
+    graph = "show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)"
+    add("--graph", nargs="?", const="-", metavar="FILE", help=graph)
+    coverage = "list every weight that the model consumes: masked, dense by which rule, or unsupported and why"
+    add("--coverage", action="store_true", help=coverage)
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
     return result
-
-
-def _add_choices(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="parameters that stay dense: fnmatch patterns such as 'fc.*'",
-    )
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="parameters that are masked in any case: fnmatch patterns such as 'embedding.weight'",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help=f"run the model and its graphs on random inputs and compare (default: up to {VERIFIED // 10**6} million MACs)",
-    )
-
-
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--graph",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="show the rewritten graph: a table, or a drawing in FILE (.svg .png .dot)",
-    )
-    parser.add_argument(
-        "--coverage",
-        action="store_true",
-        help="list every weight that the model consumes: masked, dense by which rule, or unsupported and why",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -111,12 +111,8 @@ def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
         macs = f"{view.macs:,} dense MACs" if view.macs else ""
         weight = f"{view.shape} at {view.density}" if view.weights else ""
         label = "\n".join(line for line in (view.node.name, f"{view.node.op}: {view.target}", weight, macs) if line)
-        drawing.add_node(_key(view.region, view.node), label=label, **({"fillcolor": "#ffb570"} if view.weights else {}))
+        drawing.add_node(f"{view.region}/{view.node.name}", label=label, **({"fillcolor": "#ffb570"} if view.weights else {}))
         for source in view.node.all_input_nodes:
-            drawing.add_edge(_key(view.region, source), _key(view.region, view.node))
+            drawing.add_edge(f"{view.region}/{source.name}", f"{view.region}/{view.node.name}")
     with replacing(path) as partial:
         drawing.draw(str(partial), format=ending.removeprefix("."), prog="dot")
-
-
-def _key(region: str, node: fx.Node) -> str:
-    return f"{region}/{node.name}"

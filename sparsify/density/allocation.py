@@ -90,8 +90,8 @@ def density_for(
     low, high = 1e-9, 1.0
     if not ratio(low) <= flops <= 1:
         raise ValueError(
-            f"flops={flops!r} cannot be met: what stays dense costs {ratio(low):.4f} of the dense network already, so ask for a "
-            f"ratio between that and 1, exclude fewer layers, or choose another distribution."
+            f"flops={flops!r} cannot be met: what stays dense costs {ratio(low):.4f} of the dense network already, so ask for "
+            f"a ratio between that and 1, exclude fewer layers, or choose another distribution."
         )
     if ratio(high) <= flops:
         return high

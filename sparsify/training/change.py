@@ -28,6 +28,11 @@ class Bound:
     weight: nn.Parameter
     mask: Mask
 
+    def has_stray(self, gradient: Tensor) -> Tensor:
+        """Whether a gradient is not 0 somewhere where the weight is dropped, on the device; NaN and inf say nothing."""
+        there = local(gradient).nan_to_num(0.0, 0.0, 0.0).ne(0)
+        return there.logical_and_(own_part(self.mask.mask, gradient).logical_not()).any()
+
 
 @dataclass(frozen=True)
 class Change:

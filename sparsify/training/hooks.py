@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from passes.masking.mask import masks_of
+from passes.masking.mask import masks_of, trace_of
 from passes.masking.zeros import zero_dropped_
 from sparsify.methods.scores import LayerState
 from sparsify.training import optimizers as opt
@@ -15,6 +15,8 @@ from sparsify.training import ranks
 from sparsify.training.base import UpdaterBase
 from sparsify.training.change import Bound, observe, update_layers
 from sparsify.training.conditions import check_bound
+
+_EVERY = 100  # steps between looks at gradients, where looking does not wait for the device
 
 
 class OptimizerHooks:
@@ -30,7 +32,6 @@ class OptimizerHooks:
     def __init__(self, updater: UpdaterBase, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         self.updater, self.model, self.optimizer, self.step = updater, model, optimizer, step
         self._counts = True  # whether the step under way is one of training
-        self._fresh = True  # whether weights, masks and state may come from anywhere: no step was taken since a load
         self._bind()
         # Python decides what a step does, in compiled steps too.
         self._handles = (
@@ -47,8 +48,9 @@ class OptimizerHooks:
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
         for b in self.bound:
             b.mask.attended = True
-        self._fresh = True
-        self._mask_weights()  # code that initialized weights after sparsify() did not know of masks
+        self._moved = [] if opt.keeps_zeros(self.optimizer) else list(self.bound)  # which steps may move off 0
+        self._look_anew()
+        self._mask_written()  # code that initialized weights after sparsify() did not know of masks
 
     def remove(self) -> None:
         """Let go of the optimizer."""
@@ -60,14 +62,38 @@ class OptimizerHooks:
 
     def renew(self) -> None:
         """Go on with what was loaded: by its step, and looking at weights and state as if just attached."""
-        self._fresh = True
+        self._look_anew()
         self._derive_dense_gradients()
 
-    @torch.no_grad()
-    def _mask_weights(self) -> None:
-        for b in self.bound:
-            if b.mask.density < 1:
-                zero_dropped_(b.weight, b.mask.mask)
+    def _look_anew(self) -> None:
+        self._fresh, self._looked = True, False  # no step was taken since a load, and no gradients were looked at
+        self._traces: list[tuple[int, int]] = []  # of the weights after the last step
+
+    def _mask_written(self) -> None:
+        """Mask the weights that something wrote to since the last step. Writes through `weight.data` leave no trace."""
+        traces = [trace_of(b.weight) for b in self.bound]
+        for b, trace, last in zip(self.bound, traces, self._traces or [None] * len(traces), strict=True):
+            if trace != last:
+                _mask([b])
+
+    def _look(self, step: int) -> None:
+        """Find weights with gradients where they are dropped, as penalties, hooks and compression give them.
+
+        Masking all weights after every step instead would cost a tenth of a small network's step on a CPU.
+        """
+        updated, waits = self._updates_at(self.step), any(b.weight.device.type != "cpu" for b in self.bound)
+        if self._looked and (waits or not (updated or step % _EVERY == 0)):
+            return
+        unmoved = [b for b in self.bound if b not in self._moved and b.mask.density < 1]
+        seen = [(b, g) for b in unmoved if (g := opt.dense_gradient(self.optimizer, b.weight)) is not None and not g.is_meta]
+        if not seen:
+            return
+        if self._looked and self.updater.trains_with_others():
+            ranks.check_drift(seen)
+        strays = torch.stack([b.has_stray(gradient).to(seen[0][1].device) for b, gradient in seen]).tolist()  # waits once
+        self._moved += [b for (b, _), stray in zip(seen, strays, strict=True) if stray]
+        self._looked = True
+        _mask([b for b, _ in seen])
 
     @torch.no_grad()
     def _mask_state(self) -> None:
@@ -103,14 +129,15 @@ class OptimizerHooks:
             check_bound(self.model, self.bound)
             self.updater.compare_once()
             self._mask_state()
+        self._mask_written()
         return opt.before_step(optimizer, args, kwargs, self._act)
 
     @torch.no_grad()
     def _act(self) -> None:
         """Do what a step does instead of the optimizer's, or before it; the gradients are there."""
         updates, step = self.updater.method.updates, self.step + 1
-        if self._updates_at(self.step) and not self._dense_at(step) and self.updater.trains_with_others():
-            ranks.check_drift(self.bound, self.optimizer)
+        if not self._dense_at(step):
+            self._look(step)
         if updates is None or step > updates.last(self.updater.total_steps):
             return
         if updates.momentum is not None or updates.dense_gradients == "always":
@@ -129,9 +156,10 @@ class OptimizerHooks:
         changes = self._updates_at(step)
         replaced = changes and updates is not None and updates.replaces_step()
         if not replaced:
-            self._mask_weights()  # penalties, hooks and optimizers such as Muon move dropped weights
+            _mask(self._moved)
             if changes:
                 self._update(step)
+        self._traces = [trace_of(b.weight) for b in self.bound]
         self._fresh = False
         if changes:
             opt.forget_history(optimizer)
@@ -143,7 +171,6 @@ class OptimizerHooks:
         method = self.updater.method
         assert method.updates is not None
         check_bound(self.model, self.bound)
-        self._mask_weights()  # what something wrote since the last step must not come back as a new weight's value
         frozen = set() if method.prunes else opt.stands(self.optimizer)  # pruning has one chance, also while rates warm up
         moving = [b for b in self.bound if b.weight.requires_grad and b.weight not in frozen]
         layers = [(b, state) for b in moving if (state := self._state(b, step))]
@@ -182,6 +209,12 @@ class OptimizerHooks:
             step=step,
             seed=self.updater.seed,
         )
+
+
+@torch.no_grad()
+def _mask(bound: list[Bound]) -> None:
+    for b in bound:
+        zero_dropped_(b.weight, b.mask.mask)
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Any:

@@ -15,13 +15,25 @@ from torch.optim import Optimizer
 from passes.capture.effects import preserve_rng
 from passes.shards import whole
 
+# With a gradient of zero and a state of zero these leave a weight of zero at zero.
+_KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adadelta ASGD Rprop Adafactor LBFGS".split())
+
 # With a gradient of zero these leave a weight where it is. Their state need not begin at zero.
 _STAND_STILL = frozenset("Rprop Adagrad".split())
 
 
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to leave dropped weights at 0, unlike Muon."""
+    return _is_one_of(optimizer, _KEEP_ZEROS)
+
+
 def stands_still(optimizer: Optimizer) -> bool:
     """Whether an optimizer is known to move nothing that has a gradient of 0, not even by momentum."""
-    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _STAND_STILL
+    return _is_one_of(optimizer, _STAND_STILL)
+
+
+def _is_one_of(optimizer: Optimizer, names: frozenset[str]) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in names
 
 
 def parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

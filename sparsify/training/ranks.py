@@ -2,16 +2,16 @@
 
 import contextlib
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.optim import Optimizer
 
 from passes.masking.mask import Mask, masks_of
 from passes.shards import is_sharded, local, own_part
-from sparsify.training import optimizers as opt
 from sparsify.training.base import UpdaterBase
 from sparsify.training.change import Bound
 
@@ -42,11 +42,6 @@ def ignore_in_ddp(model: nn.Module, ignore: bool = True) -> None:
         vars(model)[_IGNORED] = names
 
 
-def is_distributed(group: Any = None) -> bool:
-    """Whether this process trains beside others of a group; None is all."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
 def check_same(updater: UpdaterBase, model: nn.Module, group: Any) -> None:
     """Raise on every rank unless all hold the same masks, schedule and step.
 
@@ -72,21 +67,21 @@ def check_same(updater: UpdaterBase, model: nn.Module, group: Any) -> None:
                 )
 
 
-def check_drift(bound: list[Bound], optimizer: Optimizer) -> None:
-    """Raise if the gradients of an ordinary step show that ranks hold different masks, where looking does not wait.
+def check_drift(seen: Iterable[tuple[Bound, Tensor]]) -> None:
+    """Raise if gradients of an ordinary step show that ranks hold different masks.
 
     What one rank drops and another keeps gets the mean of their gradients, so that a few dropped weights have one. Hooks,
     penalties and compression give one to many.
 
+    Args:
+        seen: masked weights with their gradients.
+
     Raises:
         RuntimeError: naming the first weight.
     """
-    for b in bound:
-        gradient = opt.dense_gradient(optimizer, b.weight)
-        if gradient is None or not gradient.is_cpu or b.mask.density == 1:
-            continue
+    for b, gradient in seen:
         mask = own_part(b.mask.mask, gradient)
-        there = local(gradient).nan_to_num(0.0, 0.0, 0.0).ne(0)  # a gradient that is not finite says nothing
+        there = local(gradient).nan_to_num(0.0, 0.0, 0.0).ne(0)
         dropped, kept = (int((there & part).sum()) for part in (~mask, mask))
         if dropped and 2 * dropped * int(mask.sum()) < kept * int((~mask).sum()):
             raise RuntimeError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from passes.masking.mask import masks_of
@@ -166,7 +167,7 @@ class Updater(UpdaterBase):
 
     def trains_with_others(self) -> bool:
         """Whether other processes train this model too."""
-        return ranks.is_distributed(self._process_group)
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._process_group) > 1
 
     def compare_once(self) -> None:
         """Compare ranks once after `attach` or a load, when all of them take a step."""
