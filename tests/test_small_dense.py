@@ -220,7 +220,7 @@ BAD = {
     "density": (SmallNet, 0.0, (1, 3, 8, 8), r"must be a number in \(0, 1\]"),
     "too low": (SmallNet, 1e-6, (1, 3, 8, 8), "is too low"),
     "untraceable": (Branches, 0.5, (1, 4), "does not trace whole"),
-    "unknown layer": (Strange, 0.5, (1, 4), "Node 'bilinear' .* nobody knows how a Bilinear shrinks"),
+    "unknown layer": (Strange, 0.5, (1, 4), "Node 'bilinear' .* there is no rule for a Bilinear"),
     "keywords": (SmallNet, 0.5, {"x": torch.zeros(1, 3, 8, 8)}, "positional"),
 }
 

@@ -54,9 +54,9 @@ def test_counts_on_meta(name: str) -> None:
     assert all("rel_pos" in name and "no product" in report.coverage[name] for name in tables)
 
     # Dense MACs are half of what torch's own counter finds, where it counts.
+    assert report.dense_macs == dense.dense_macs == dense.sparse_macs
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(shape, device="meta"))
-    assert report.dense_macs == dense.dense_macs == dense.sparse_macs
     assert 2 * report.dense_macs == counter.get_total_flops()
 
 
@@ -95,20 +95,22 @@ def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("name", ZOO)
 def test_training_changes_only_what_it_may(name: str) -> None:
+    """On values, an ordinary step and an update; on shapes, for the larger ones of a family, an update alone."""
     on_values = name not in WHOLE or (name in SMALLEST and size(name) < LARGE_TO_TRAIN)
     device = "cpu" if on_values else "meta"
-    model = sparsify(load_model(name, device=device).train(), density=0.2, method=RigL(interval=2))
+    steps = (1, 2) if on_values and (name in WHOLE or name in SMALLEST) else (1,)
+    model = sparsify(load_model(name, device=device).train(), density=0.2, method=RigL(interval=len(steps)))
     updater, counts = model.updater, model.updater.nonzeros
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     updater.attach(optimizer, total_steps=8)
-    for step in (1, 2):
+    for step in steps:
         before = copy.deepcopy((dict(model.named_parameters()), updater.masks))
         optimizer.zero_grad()
         training_loss(name, model, device).backward()
         optimizer.step()
         assert updater.nonzeros == counts
         if device == "cpu":
-            _check_step(model, *before, update=step == 2)
+            _check_step(model, *before, update=step == steps[-1])
 
 
 def _check_step(model: nn.Module, weights: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], update: bool) -> None:

@@ -135,7 +135,7 @@ def _new_attributes(layer: nn.Module, inputs: Sequence[int], width: Width, tripl
         return {"embedding_dim": width(layer.embedding_dim)}
     if isinstance(layer, nn.RNNBase) and not layer.proj_size:
         return {"input_size": inputs[-1], "hidden_size": width(layer.hidden_size)}
-    raise TypeError(f"a {type(layer).__name__} cannot be narrowed")
+    raise TypeError(f"there is no rule for a {type(layer).__name__}")
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -39,12 +39,16 @@ def load_model(name: str, device: str = "meta") -> nn.Module:
     options = {k: v for k, v in options.items() if k in inspect.signature(builder).parameters}
     with warnings.catch_warnings():  # GoogLeNet and Inception warn of their own initialization
         warnings.simplefilter("ignore", FutureWarning)
-        with _WeightsOn(device):
-            return builder(**options).to(device)
+        try:
+            with torch.device(device):
+                return builder(**options)
+        except (RuntimeError, NotImplementedError):  # regnets compute widths with tensors, which meta cannot hold
+            with _WeightsOn(device):
+                return builder(**options).to(device)
 
 
 class _WeightsOn(TorchFunctionMode):
-    """Put new weights on a device, and unlike `torch.device` leave alone the tensors that regnets count channels with."""
+    """Put new weights on a device, and leave all other new tensors alone, unlike `torch.device`."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
