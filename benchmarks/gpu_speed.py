@@ -120,10 +120,10 @@ def selection_rows(size: Size, device: torch.device) -> list[Row]:
     rows = []
     for kept in (0.1, 0.5):
         k = int(kept * size.weights)
-        if not torch.equal(select(scores, torch.abs, k, among), by_histograms(scores.abs(), k)):
+        if not torch.equal(select(scores, k, among), by_histograms(scores.abs(), k)):
             raise AssertionError(f"selection by histograms differs at {kept}")
         cases = {
-            "now": timed(device, lambda k=k: select(scores, torch.abs, k, among)),
+            "now": timed(device, lambda k=k: select(scores, k, among)),
             "histograms": timed(device, lambda k=k: by_histograms(scores.abs(), k)),
         }
         seconds = interleave(cases, size.rounds)

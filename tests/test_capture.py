@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils import _pytree as pytree
 
-from passes import trace
+from passes import install, trace
+from passes.capture.lint import check_graphs
 from sparsify import flop_report, fold, graphs, sparsify
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -999,3 +1000,15 @@ def test_reasons_name_file_and_line() -> None:
     reason = trace(case(set_grad_enabled)()).opaque[""]
     assert "is_grad_enabled changed" in reason
     assert "test_capture.py:" in reason
+
+
+def test_a_broken_graph_is_named_with_its_stage_and_node() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    capture = trace(model)
+    graph = capture.regions[""].graphs[True]
+    check_graphs("capture", model, capture.regions)
+    linear = next(node for node in graph.nodes if node.target == "0")
+    linear.target = "gone"
+    install(model, capture)
+    with pytest.raises(RuntimeError, match=r"After masking, the graph of 'Sequential' is broken: .*gone"):
+        check_graphs("masking", model, capture.regions)

@@ -60,9 +60,9 @@ def test_select_on_every_path(n: int, levels: int, share: float, part: float, se
     among = torch.rand(n, generator=generator) <= share
     k = int(part * int(among.sum()))
     expected = reference(scores, k, among)
-    assert torch.equal(select(scores, torch.abs, k, among), expected)
+    assert torch.equal(select(scores, k, among), expected)
     if k:
-        assert torch.equal(_select_on_device(scores, torch.abs, k, among), expected)
+        assert torch.equal(_select_on_device(scores, k, among), expected)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
@@ -75,7 +75,7 @@ def test_select_on_large_layers(n: int, dtype: torch.dtype, zeros: float) -> Non
     tensor[torch.arange(n) % 9 != 4] *= 0 if zeros else 1
     among = torch.rand(n, generator=generator) < 0.5
     for k in (1, n // 100, int(among.sum())):
-        cpu, device = (f(tensor, torch.abs, k, among) for f in (_select_on_cpu, _select_on_device))
+        cpu, device = (f(tensor, k, among) for f in (_select_on_cpu, _select_on_device))
         assert torch.equal(cpu, device)
         assert int(cpu.sum()) == k
 

@@ -135,7 +135,7 @@ def _captured_class(base: type[nn.Module]) -> Any:
 def _explain_missing(module: Captured, error: AttributeError) -> None:
     """Raise if a graph reads a layer that has been taken off its module since."""
     for node in [n for n in module.graph.nodes if n.op in ("call_module", "get_attr")]:
-        if not is_there(module, str(node.target)):
+        if not _is_there(module, str(node.target)):
             raise RuntimeError(
                 f"{node.target} was there when sparsify() traced the model, and is gone. Change layers (fuse, delete, replace) "
                 f"before sparsify(), or in the dense model that fold() returns, or let the modules around them be called as "
@@ -143,8 +143,7 @@ def _explain_missing(module: Captured, error: AttributeError) -> None:
             ) from error
 
 
-def is_there(module: nn.Module, path: str) -> bool:
-    """Whether what a node of a graph names is there."""
+def _is_there(module: nn.Module, path: str) -> bool:
     try:
         operator.attrgetter(path)(module)
     except AttributeError:

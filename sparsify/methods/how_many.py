@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 
 from sparsify.methods.scores import LayerState, Score, evaluate
-from sparsify.methods.selection import lowest, select
+from sparsify.methods.selection import select
 
 Plan = Callable[[Sequence[LayerState], float], list[tuple[int, int]]]
 
@@ -29,10 +29,7 @@ def redistribute(score: Score, layers: Sequence[LayerState], fraction: float) ->
     The total count stays exactly as it is, no layer exceeds its size, and one whose score is zero everywhere keeps its count.
     """
     drops = [drop for drop, _ in steady(layers, fraction)]
-    sums = [
-        torch.where(x.mask, evaluate(score, x, x.mask), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device)
-        for x in layers
-    ]
+    sums = [torch.where(x.mask, evaluate(score, x), 0).abs().sum(dtype=torch.float64).to(layers[0].mask.device) for x in layers]
     shares = [total / layer.nonzeros for total, layer in zip(torch.stack(sums).tolist(), layers, strict=True)]
     live = [i for i, share in enumerate(shares) if share]
     room = [layers[i].mask.numel() - layers[i].nonzeros + drops[i] for i in live]
@@ -90,14 +87,14 @@ def prune_global(score: Score, layers: Sequence[LayerState], reached: float) -> 
     if total <= 0:
         return [(0, 0)] * len(layers)
     device = layers[0].mask.device
-    scores = torch.cat([evaluate(score, layer, layer.mask).flatten().to(device) for layer in layers])
+    scores = torch.cat([evaluate(score, layer).flatten().to(device) for layer in layers])
     among = torch.cat([layer.mask.flatten().to(device) for layer in layers])
     sizes = [layer.mask.numel() for layer in layers]
     for part, active in zip(scores.split(sizes), among.split(sizes), strict=True):
         best = torch.where(active, part.abs(), -1).argmax(keepdim=True)
         active.scatter_(0, best, False)
     total = min(total, sum(layer.nonzeros - 1 for layer in layers))
-    dropped = select(scores, lowest, total, among)
+    dropped = select(scores, total, among, lowest=True)
     return [(drop, 0) for drop in torch.stack([part.sum() for part in dropped.split(sizes)]).tolist()]
 
 

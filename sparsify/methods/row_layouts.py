@@ -10,7 +10,7 @@ from sparsify.density.distributions import kept
 from sparsify.density.random_masks import uniform_numbers
 from sparsify.methods.layouts import Layout
 from sparsify.methods.scores import LayerState
-from sparsify.methods.selection import highest_of_rows, lowest, select
+from sparsify.methods.selection import highest_of_rows, select
 
 
 def _outputs(tensor: Tensor, out_dim: int) -> Tensor:
@@ -95,9 +95,9 @@ def _exchange_fan_in(
     assert coming is not None
     assert layer.out_dim is not None
     rows = partial(_outputs, out_dim=layer.out_dim)
-    kept = select(leaving, lowest, drop, among=layer.mask).logical_xor_(layer.mask)
+    kept = select(leaving, drop, layer.mask, lowest=True).logical_xor_(layer.mask)
     pruned = min(drop, layer.mask.numel() - layer.nonzeros)
-    salient = rows(kept | select(coming, torch.abs, pruned, among=~layer.mask)).sum(1)  # (outputs,)
+    salient = rows(kept | select(coming, pruned, ~layer.mask)).sum(1)  # (outputs,)
     width = layer.mask.numel() // len(salient)
     needed = highest_of_rows(salient[None], -(-layer.target // width))[0]  # outputs without which the budget has no room
     active = needed | (salient >= ablation * rows(layer.mask).sum(1).max())
@@ -147,7 +147,7 @@ def _exchange_groups(n: int, m: int, layer: LayerState, leaving: Tensor, coming:
     assert coming is not None
     assert layer.out_dim is not None
     rows = partial(_groups, out_dim=layer.out_dim, size=m)
-    kept = select(leaving, lowest, drop, among=layer.mask).logical_xor_(layer.mask)
+    kept = select(leaving, drop, layer.mask, lowest=True).logical_xor_(layer.mask)
     return _from_groups(_refill(rows(kept), rows(leaving), rows(coming), n), layer.mask.shape, layer.out_dim)
 
 

@@ -83,26 +83,26 @@ def chance(layer: LayerState) -> Tensor:
 _OWN = (weight, gradient, momentum)  # seen to be finite before an update
 
 
-def evaluate(score: Score, layer: LayerState, among: Tensor) -> Tensor:
-    """Return a score of a layer, checked, since it may be anybody's function.
+def evaluate(score: Score, layer: LayerState, growing: bool = False) -> Tensor:
+    """Return a score of a layer, checked, since it may be a user's function.
 
     Args:
         score: the function.
         layer: what it sees.
-        among: bool, the weight's shape: where the score decides. NaN elsewhere counts as 0, and on a device that one would
-            have to wait for it does everywhere.
+        growing: whether the score decides among dropped weights instead of kept ones. NaN elsewhere counts as 0, and on a
+            device that one would have to wait for it does everywhere.
 
     Raises:
-        ValueError: it returned no tensor of real numbers of the weight's shape, or NaN where it decides.
+        ValueError: it did not return real numbers in the weight's shape, or it returned NaN where it decides.
     """
     result = score(layer)
     if score in _OWN:
         return result
-    name, shape = getattr(score, "__name__", score), tuple(among.shape)
+    name, shape = getattr(score, "__name__", score), tuple(layer.mask.shape)
     if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.is_complex():
         found = f"{tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else repr(result)
         raise ValueError(f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}.")
     result = result if result.is_floating_point() else result.float()
-    if result.device.type == "cpu" and (result.isnan() & among).any():
+    if result.device.type == "cpu" and (result.isnan() & (layer.mask ^ growing)).any():
         raise ValueError(f"The score {name} returned NaN for {layer.name}, where it has to decide.")
     return result.nan_to_num(0.0, torch.inf, -torch.inf)

@@ -4,55 +4,52 @@ Nothing here asks the device for a number: counts come in as Python integers and
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Elementwise = Callable[[Tensor], Tensor]
-
 _SAMPLES = 8192  # enough to bracket a threshold within about 1% of a layer
-_CHUNK = 1 << 15  # elements: what one chunk needs stays in the cache, and torch starts no threads of its own for it
+_CHUNK = 1 << 18  # elements: what one chunk needs stays in the cache
 
 
-def select(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
-    """Mark the `k` elements of highest score among some positions; ties go to the lowest index.
+def select(scores: Tensor, k: int, among: Tensor, lowest: bool = False) -> Tensor:
+    """Mark the `k` elements of highest |score| among some positions; ties go to the lowest index.
 
     Args:
-        tensor: floating point, any shape. The order of ties is that of `tensor.flatten()`.
-        score: elementwise function; higher is chosen first. Results at allowed positions must not be NaN.
+        scores: floating point, any shape, without NaN at allowed positions. The order of ties is that of `scores.flatten()`.
         k: how many, from 0 to the number of True elements of `among`.
         among: bool, the same shape: where to choose.
+        lowest: whether to choose the lowest |score| instead.
 
     Returns:
         bool, the same shape, exactly `k` True elements, all inside `among`.
 
     Example:
-        >>> select(torch.tensor([-3.0, 1.0, 3.0, 3.0]), torch.abs, 2, torch.tensor([True, True, True, False]))
+        >>> select(torch.tensor([-3.0, 1.0, 3.0, 3.0]), 2, torch.tensor([True, True, True, False]))
         tensor([ True, False,  True, False])
     """
     if k == 0:
         return torch.zeros_like(among, memory_format=torch.contiguous_format)
-    choose = _select_on_cpu if tensor.device.type == "cpu" else _select_on_device
-    return choose(tensor.flatten(), score, k, among.flatten()).view(tensor.shape)
+    choose = _select_on_cpu if scores.device.type == "cpu" else _select_on_device
+    return choose(scores.detach().flatten(), k, among.flatten(), lowest).view(scores.shape)
 
 
-def _select_on_device(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
+def _select_on_device(scores: Tensor, k: int, among: Tensor, lowest: bool = False) -> Tensor:
     """Select with fixed shapes and no host synchronisation: every position above the k-th score, then the first ties."""
-    scores = torch.where(among, score(tensor), -torch.inf)  # (n,)
+    scores = torch.where(among, -scores.abs() if lowest else scores.abs(), -torch.inf)  # (n,)
     threshold = scores.topk(k).values[-1]
     above, tied = scores > threshold, (scores == threshold) & among
     return above | (tied & (tied.cumsum(0) <= k - above.sum()))
 
 
-def _select_on_cpu(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> Tensor:
+def _select_on_cpu(scores: Tensor, k: int, among: Tensor, lowest: bool = False) -> Tensor:
     """Select near memory speed: a sample brackets the k-th score, and only what lies in the bracket is partitioned."""
-    low, high = _bracket(tensor, score, k, among)
-    chosen, positions, candidates = _split(tensor, score, among, low, high)
+    low, high = _bracket(scores, lowest, k, among)
+    chosen, positions, candidates = _split(scores, lowest, among, low, high)
     missing = k - np.count_nonzero(chosen)
     if not 0 < missing <= positions.size:  # the sample misled
-        chosen, positions, candidates = _split(tensor, score, among, -np.inf, np.inf)
+        chosen, positions, candidates = _split(scores, lowest, among, -np.inf, np.inf)
         missing = k
     threshold = np.partition(candidates, -missing)[-missing]
     above = positions[candidates > threshold]
@@ -62,12 +59,12 @@ def _select_on_cpu(tensor: Tensor, score: Elementwise, k: int, among: Tensor) ->
     return torch.from_numpy(chosen)
 
 
-def _split(tensor: Tensor, score: Elementwise, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
+def _split(scores: Tensor, lowest: bool, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
     """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
-    chosen = np.empty(tensor.shape, dtype=bool)
+    chosen = np.empty(scores.shape, dtype=bool)
     positions, candidates = [], []
-    for start, chunk, allowed in zip(range(0, len(tensor), _CHUNK), tensor.split(_CHUNK), among.split(_CHUNK), strict=True):
-        values, inside = _scores(chunk, score), allowed.numpy()
+    for start in range(0, len(scores), _CHUNK):
+        values, inside = _ranks(scores[start : start + _CHUNK], lowest), among[start : start + _CHUNK].numpy()
         above = np.logical_and(values > high, inside, out=chosen[start : start + _CHUNK])
         between = np.flatnonzero((inside & ~(values < low)) ^ above)  # NaN is between
         positions.append(between + start)
@@ -75,23 +72,28 @@ def _split(tensor: Tensor, score: Elementwise, among: Tensor, low: float, high: 
     return chosen, np.concatenate(positions), np.concatenate(candidates)
 
 
-def _bracket(tensor: Tensor, score: Elementwise, k: int, among: Tensor) -> tuple[float, float]:
+def _bracket(scores: Tensor, lowest: bool, k: int, among: Tensor) -> tuple[float, float]:
     """Return two scores between which the k-th highest of the allowed ones should lie."""
-    if len(tensor) < 2 * _SAMPLES:
+    if len(scores) < 2 * _SAMPLES:
         return -np.inf, np.inf
-    stride = len(tensor) // _SAMPLES
-    while math.gcd(stride, len(tensor)) > 1:  # else it could step through kernels always at the same place
+    stride = len(scores) // _SAMPLES
+    while math.gcd(stride, len(scores)) > 1:  # else it could step through kernels always at the same place
         stride += 1
-    sample = np.sort(_scores(tensor[::stride], score)[among[::stride].numpy()])
+    sample = np.sort(_ranks(scores[::stride], lowest)[among[::stride].numpy()])
     expected = k / stride  # how many of the sample belong to the k highest
     margin = 4 * np.sqrt(expected) + 4
     low, high = sample.size - int(expected + margin), sample.size - int(expected - margin)
     return sample[low] if low >= 0 else -np.inf, sample[high] if high < sample.size else np.inf
 
 
-def _scores(tensor: Tensor, score: Elementwise) -> np.ndarray:
-    scores = score(tensor)
-    return (scores.float() if scores.element_size() < 4 else scores).numpy()  # numpy knows no bfloat16
+def _ranks(scores: Tensor, lowest: bool) -> np.ndarray:
+    """Return numbers that are higher for what is chosen first; all in numpy, since torch would start threads of its own."""
+    if scores.dtype == torch.bfloat16:  # which numpy does not know: the upper half of a float32
+        values = (scores.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+    else:
+        values = scores.numpy().astype(np.float32) if scores.element_size() < 4 else scores.numpy()
+    values = np.abs(values)
+    return np.negative(values, out=values) if lowest else values
 
 
 def drop_and_grow(leaving: Tensor, coming: Tensor | None, mask: Tensor, drop: int, grow: int) -> Tensor:
@@ -114,21 +116,16 @@ def drop_and_grow(leaving: Tensor, coming: Tensor | None, mask: Tensor, drop: in
         >>> drop_and_grow(weight, grad, weight != 0, 1, 1)
         tensor([ True, False,  True,  True, False])
     """
-    kept = _unlike(select(leaving, lowest, drop, among=mask), mask)  # the mask without what is dropped
+    kept = _unlike(select(leaving, drop, mask, lowest=True), mask)  # the mask without what is dropped
     if coming is None or not grow:
         return kept
     free = torch.from_numpy(~kept.numpy()) if kept.is_cpu else ~kept
-    return _unlike(kept, select(coming, torch.abs, grow, among=free))
+    return _unlike(kept, select(coming, grow, free))
 
 
 def _unlike(a: Tensor, b: Tensor) -> Tensor:
     """Return where two masks differ; on the CPU in this thread alone, as `select` works."""
     return torch.from_numpy(a.numpy() ^ b.numpy()) if a.is_cpu else a ^ b
-
-
-def lowest(tensor: Tensor) -> Tensor:
-    """Score the elements of smallest absolute value highest."""
-    return -tensor.abs()
 
 
 def highest_of_rows(scores: Tensor, count: int | Tensor) -> Tensor:

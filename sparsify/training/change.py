@@ -143,8 +143,8 @@ def _workers(process: int) -> ThreadPoolExecutor:
 def _scores(method: Method, change: Change) -> tuple[LayerState, Tensor, Tensor | None, int, int]:
     updates, state = method.updates, change.state
     assert updates is not None
-    leaving = evaluate(updates.drop_score, state, state.mask)
-    coming = evaluate(updates.growth_score, state, ~state.mask) if change.grow else None
+    leaving = evaluate(updates.drop_score, state)
+    coming = evaluate(updates.growth_score, state, growing=True) if change.grow else None
     return state, leaving.detach(), None if coming is None else coming.detach(), change.drop, change.grow
 
 
