@@ -521,6 +521,16 @@ def test_a_forward_that_is_replaced_later_runs() -> None:
     torch.testing.assert_close(model(x), model[0](x))
 
 
+def test_layers_that_are_fused_later_run() -> None:
+    model, x = sparsify(nn.Sequential(Block(), Block()), 0.5, method="static").eval(), torch.randn(1, 3, 8, 8)
+    before = model(x)
+    for block in (model[0], model[1]):
+        block.conv = nn.utils.fusion.fuse_conv_bn_eval(block.conv, block.bn)
+        del block.bn
+        block.forward = block.conv.forward
+    torch.testing.assert_close(model(x), before)
+
+
 # Counting and views
 
 

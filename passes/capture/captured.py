@@ -107,8 +107,9 @@ def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], 
 
 def _masks_computed(module: Captured, node: fx.Node) -> bool:
     """Whether a node hands a guest what was computed from a weight, which Python code reads without the guest."""
-    called = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Guest)
-    return called and node.all_input_nodes[0].op != "get_attr"
+    called = node.op == "call_module" and _is_there(module, str(node.target))
+    guest = called and isinstance(module.get_submodule(str(node.target)), Guest)
+    return guest and node.all_input_nodes[0].op != "get_attr"
 
 
 def user_class(module: nn.Module) -> type[nn.Module]:
