@@ -10,7 +10,7 @@ if not hasattr(passes, "mask_weights"):
 
 from passes.capture.captured import graphs
 from passes.channels.small_dense import small_dense
-from sparsify.api import fold, sparsify
+from sparsify.api import sparsify
 from sparsify.costs.flops import flop_report
 from sparsify.costs.ledger import CostLedger, cost_ledger
 from sparsify.costs.report import FlopReport
@@ -21,6 +21,7 @@ from sparsify.methods.pruning import GMP, SNIP
 from sparsify.methods.published import SET, SNFS, RigL, Static
 from sparsify.methods.structured import NM, SRigL
 from sparsify.saving.checkpoints import load_checkpoint, save_checkpoint
+from sparsify.saving.plain import fold, lower
 from sparsify.saving.sparse_files import load_sparse, read_sparse, save_sparse
 from sparsify.training.ranks import ignore_in_ddp
 from sparsify.training.state import Topology
@@ -48,6 +49,7 @@ __all__ = [
     "ignore_in_ddp",
     "load_checkpoint",
     "load_sparse",
+    "lower",
     "read_sparse",
     "save_checkpoint",
     "save_sparse",

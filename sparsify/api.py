@@ -14,10 +14,9 @@ from passes.capture.regions import Capture, trace
 from passes.capture.verify import faithful_capture
 from passes.counting.inputs import forward_values
 from passes.counting.tally import tally
-from passes.masking.fold import fold_, unmask_
-from passes.masking.mask import Mask, masks_of, zero_dropped_weights_
+from passes.masking.fold import unmask_
+from passes.masking.mask import Mask, zero_dropped_weights_
 from passes.masking.rewrite import check_masked, mask_weights
-from passes.shards import refuse_shards
 from passes.weights.reasons import Reason, Why
 from passes.weights.sites import Site, find_sites
 from sparsify import checks
@@ -29,7 +28,7 @@ from sparsify.methods.initial_values import INITS
 from sparsify.methods.layouts import ELEMENTS
 from sparsify.methods.method import Goal, Method
 from sparsify.methods.published import METHODS
-from sparsify.training.lookup import updater_of, where_sparse
+from sparsify.training.lookup import updater_of
 from sparsify.training.ranks import ignore_in_ddp
 from sparsify.training.updater import Updater
 
@@ -142,42 +141,6 @@ def sparsify(
     model.updater = Updater(model, method, goals, reasons, seed)
     ignore_in_ddp(model)
     return model
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """Return a plain dense copy of a sparsified model, with the masks baked in.
-
-    The copy has the original class, runs the original forward, exports and loads like any other model, and its `state_dict`
-    has the keys that the original had (`passes.masking.fold` says what differs for weights that are transformed before use).
-    It costs what the dense model costs.
-
-    Args:
-        model: a model that `sparsify` returned; it is not changed.
-
-    Returns:
-        A model of the user's own class, in the same mode.
-
-    Raises:
-        ValueError: the model has no masks, or its method has not pruned anything yet.
-
-    Example:
-        >>> plain = fold(sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5))
-        >>> type(plain).__name__, int((plain[0].weight != 0).sum()), list(plain.state_dict())
-        ('Sequential', 32, ['0.weight', '0.bias'])
-    """
-    if not isinstance(model, nn.Module) or not masks_of(model) or not updater_of(model):
-        raise ValueError(f"fold() takes the model that sparsify() returned; {where_sparse(model)}.")
-    refuse_shards(model)
-    plain = copied(model)
-    updater = updater_of(plain)
-    assert updater is not None
-    if not updater.pruned:
-        raise ValueError(
-            f"Nothing is pruned yet: method {updater.method.name!r} starts dense and prunes while it trains. Train first; "
-            f"to fold masks without training, sparsify with method='static'."
-        )
-    updater.remove()
-    return fold_(plain)
 
 
 def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, Reason]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
-from sparsify import GMP, RigL, flop_report, fold, graph_table, graphs, load_sparse, save_sparse, sparsify
+from sparsify import GMP, NM, RigL, flop_report, fold, graph_table, graphs, load_sparse, save_sparse, sparsify
 from sparsify.saving.files import replacing
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4
@@ -825,3 +826,42 @@ def test_pictures_without_an_ending_and_pipes(tmp_path: Path) -> None:
     os.close(write)
     assert os.read(read, 100) == b"through"
     os.close(read)
+
+
+# Numbers of numpy, reports of what is nearly nothing
+
+
+def test_counts_of_numpy_are_saved() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), method=NM(np.int64(2), np.int64(4)))
+    state = model.state_dict()
+    model.load_state_dict(state)
+    assert model.updater.nonzeros == {"0.weight": 32}
+
+
+def test_a_plot_of_no_layers(tmp_path: Path) -> None:
+    flop_report(nn.Sequential(nn.ReLU()), (1, 4)).plot(str(tmp_path / "empty.png"))
+    assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_norms_over_many_dimensions_are_counted_with_the_rest() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4))
+    assert sparsify(model, 0.5, inputs=(2, 4, 2, 2, 2, 4)).updater.nonzeros == {"0.weight": 8}
+
+
+class ReadsOnly(nn.Module):
+    """Python code that reads a matrix and multiplies by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.table.sum() if x.sum() > 0 else self.fc(x)
+
+
+def test_what_python_code_reads_and_no_product_uses_is_dense() -> None:
+    report = flop_report(sparsify(ReadsOnly(), 0.5), torch.ones(1, 4))
+    assert report.coverage["table"] == "dense: read by Python code, and no product of it was seen"
+    attention = sparsify(nn.MultiheadAttention(8, 2, add_bias_kv=True), 0.5)
+    x = torch.randn(3, 2, 8)
+    assert "reads it in its own way" in flop_report(attention, (x, x, x)).coverage["bias_k"]

@@ -17,6 +17,7 @@ _PASSES = {
     "masking": "torch_ops shards capture weights",
     "counting": "torch_ops shards capture weights masking",
     "channels": "torch_ops shards capture weights masking counting",
+    "lowering": "torch_ops shards capture weights masking counting channels",
 }
 _SPARSIFY = {
     "checks": "",

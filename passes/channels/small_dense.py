@@ -1,7 +1,6 @@
 """Small-Dense: the narrower dense network with as many parameters as a sparse one, the baseline of the papers."""
 
 import copy
-import itertools
 import math
 from typing import Any
 
@@ -81,20 +80,25 @@ def _scaled(narrowable: Narrowable, scale: float) -> dict[int, int]:
 def _stretched(narrowable: Narrowable, widths: dict[int, int], best: Narrowing, budget: float) -> Narrowing:
     """Let sizes grow one after the other, the largest first, while parameters are left of the budget, again if many are."""
     model, count = narrowable.model, best.count(narrowable.model)
-    for turn, size in itertools.product(range(_TURNS), sorted(widths, reverse=True)):
-        step, width = narrowable.sizes[size], widths[size]
-        if count >= (_ENOUGH if turn else _CLOSE) * budget:
+    before = -1
+    for turn in range(_TURNS):
+        if count == before or (turn and count >= _ENOUGH * budget):
             break
-        if width == size or (one := _try(narrowable, widths | {size: width + step})) is None:
-            continue
-        cost = max(1, one.count(model) - count)  # of one step; more of them cost a little more each
-        fit = min(int(budget - count) // cost, max(1, width // step // _STRETCH), (size - width) // step)
-        while fit:
-            trial = one if fit == 1 else _try(narrowable, widths | {size: width + fit * step})
-            if trial and trial.count(model) <= budget:
-                best, count, widths = trial, trial.count(model), widths | {size: width + fit * step}
+        before = count
+        for size in sorted(widths, reverse=True):
+            step, width = narrowable.sizes[size], widths[size]
+            if count >= _CLOSE * budget:
                 break
-            fit = fit * 9 // 10
+            if width == size or (one := _try(narrowable, widths | {size: width + step})) is None:
+                continue
+            cost = max(1, one.count(model) - count)  # of one step; more of them cost a little more each
+            fit = min(int(budget - count) // cost, max(1, width // step // _STRETCH), (size - width) // step)
+            while fit:
+                trial = one if fit == 1 else _try(narrowable, widths | {size: width + fit * step})
+                if trial and trial.count(model) <= budget:
+                    best, count, widths = trial, trial.count(model), widths | {size: width + fit * step}
+                    break
+                fit = fit * 9 // 10
     return best
 
 

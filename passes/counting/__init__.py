@@ -1,1 +1,1 @@
-"""Counting: what a forward pass costs, by shapes alone."""
+"""Counting: what a forward pass costs, by shapes alone wherever they do not depend on data."""

@@ -89,7 +89,7 @@ def _grouped(operation: Operation) -> int:
 _convolution = _by_fvcore(fvcore.conv_flop_jit, lambda args: (*args, *[None] * 12)[:12])
 _matmul = _by_fvcore(fvcore.matmul_flop_jit)
 _batch_norm_eval = _by_fvcore(fvcore.batchnorm_flop_jit, lambda args: (*args[:5], False))
-_group_norm = _by_fvcore(fvcore.norm_flop_counter(1))
+_group_norm = _by_fvcore(fvcore.norm_flop_counter(1), _rows)
 _pool = _by_fvcore(fvcore.elementwise_flop_counter(1, 0))
 
 # {operation: (its counter, the positions of the operands that may be weights)}. The bias that addmm adds is not one.

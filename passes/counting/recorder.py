@@ -153,15 +153,15 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         with self.recorder.at(self.path, n.name):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return getattr(self, n.op)(n.target, _thawed(args), _thawed(kwargs))
+            return getattr(self, n.op)(n.target, thawed(args), thawed(kwargs))
 
 
-def _thawed(value: Any) -> Any:
+def thawed(value: Any) -> Any:
     """Return fx's immutable containers as plain ones, which generated code passes and functions may write to."""
     if isinstance(value, immutable_dict):
-        return {k: _thawed(v) for k, v in value.items()}
+        return {k: thawed(v) for k, v in value.items()}
     if isinstance(value, immutable_list) or type(value) is tuple:  # and no named one, such as torch.topk returns
-        return (list if isinstance(value, list) else tuple)(_thawed(v) for v in value)
+        return (list if isinstance(value, list) else tuple)(thawed(v) for v in value)
     return value
 
 

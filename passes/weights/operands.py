@@ -173,13 +173,15 @@ def _is_python(node: fx.Node) -> bool:
 def _problem(module: nn.Module, node: fx.Node) -> Reason | None:
     """Say why it is unknown what a node does with a parameter; None where it certainly does not multiply by it."""
     if node.op == "output":
-        return Reason(Why.UNSUPPORTED, "it leaves its graph as an output, for Python code to read", is_open=True)
+        return Reason(
+            Why.UNSUPPORTED, "it leaves its graph as an output, for Python code to read", is_open=True, in_python=True
+        )
     if node.op == "call_module":  # whose argument is an activation, unless the module is a product that someone wrapped
         called = module.get_submodule(str(node.target))
         own = not type(called).__module__.startswith("torch.") and next(called.parameters(), None) is None
         return Reason(Why.UNKNOWN, f"{type(called).__name__} gets it as an argument") if own else None
     if _is_python(node):
-        return Reason(Why.UNSUPPORTED, f"the Python function {name_of(node)} reads it", is_open=True)
+        return Reason(Why.UNSUPPORTED, f"the Python function {name_of(node)} reads it", is_open=True, in_python=True)
     name = name_of(node).strip("_")
     if is_view(node) or name in READERS or is_pointwise(name):
         return None

@@ -27,6 +27,7 @@ class Reason:
     why: Why
     text: str
     is_open: bool = False  # whether a run on example inputs decides
+    in_python: bool = False  # whether Python code reads it, so that no graph shows what for
 
     @property
     def sentence(self) -> str:

@@ -202,7 +202,9 @@ def _opaque_weights(model: nn.Module, capture: Capture) -> Iterator[tuple[nn.Par
             elif weight.dim() >= 3 and name in multiplied:
                 yield weight, Use(path, name, "experts" if multiplied[name] else "product", None), None
             elif weight.dim() >= 2:
-                why = Reason(Why.UNSUPPORTED, f"Python code outside the graph reads it ({reason})", is_open=True)
+                why = Reason(
+                    Why.UNSUPPORTED, f"Python code outside the graph reads it ({reason})", is_open=True, in_python=True
+                )
                 yield weight, Use(path, name, "python", None), why
     leaves = [(path, model.get_submodule(path)) for path in capture.leaves]
     for path, region in capture.regions.items():

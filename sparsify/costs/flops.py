@@ -90,8 +90,8 @@ def _weight_layers(model: nn.Module, costs: Tally) -> list[Layer]:
         mask = masks.get(name)
         kept = mask.nonzeros if mask else weight.numel()
         reason = None if mask else reasons.get(name) or _why_unknown(model, name, name in costs.weights)
-        if reason and reason.is_open and name not in costs.weights:
-            reason = Reason(reason.why, "read by Python code, and no product of it was seen")
+        if reason and reason.in_python and name not in costs.weights:
+            reason = Reason(Why.RULE, "read by Python code, and no product of it was seen")
         unsupported = reason is not None and reason.why is Why.UNSUPPORTED
         rows.append(
             Layer(

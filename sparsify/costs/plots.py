@@ -24,7 +24,7 @@ def plot_layers(bars: Sequence[Bar], title: str, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'sparsify-fx[plots]'") from error
-    names, densities, dense, sparse = zip(*bars, strict=True)
+    names, densities, dense, sparse = zip(*bars, strict=True) if bars else ((), (), (), ())
     positions = range(len(bars))
     figure = Figure(figsize=(max(6.0, 0.28 * len(bars) + 2), 7), layout="constrained")
     density, macs = figure.subplots(2, 1, sharex=True)

@@ -4,7 +4,7 @@ A score is a function of a `LayerState` that returns a tensor of the weight's sh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,36 +17,25 @@ from sparsify.density.random_masks import uniform_numbers
 class LayerState:
     """What an update sees of one masked weight.
 
-    `weight`, `gradient` and `momentum` are whole: what FSDP shards is gathered when they are read, so that one layer at a time
-    is. `gradient` and `momentum` are None unless the method asks for them; the gradient is dense, dropped positions included.
+    `gradient` and `momentum` are None unless the method asks for them; the gradient is dense, dropped positions included. A
+    score gets everything whole: what FSDP shards is gathered for it, one layer at a time.
     """
 
     name: str
-    weight_part: Tensor  # of this rank, where weights are sharded; likewise below
+    weight: Tensor
     mask: Tensor  # bool, the same shape
     nonzeros: int  # True elements of the mask
     target: int  # how many of them the distribution gives it
     unit: int  # weights that are dropped or grown together
     out_dim: int | None  # the weight's dimension that indexes outputs, where it is known
-    gradient_part: Tensor | None
-    momentum_part: Tensor | None  # exponential moving average of the gradient
+    gradient: Tensor | None
+    momentum: Tensor | None  # exponential moving average of the gradient
     step: int  # optimizer steps, counted from 1
     seed: int
 
-    @property
-    def weight(self) -> Tensor:
-        """The parameter."""
-        return whole(self.weight_part)
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """Its gradient."""
-        return whole(self.gradient_part)
-
-    @property
-    def momentum(self) -> Tensor | None:
-        """The moving average of its gradient."""
-        return whole(self.momentum_part)
+    def gathered(self) -> "LayerState":
+        """Return the same with what is spread over ranks in one piece. Every rank has to call it."""
+        return replace(self, weight=whole(self.weight), gradient=whole(self.gradient), momentum=whole(self.momentum))
 
 
 Score = Callable[[LayerState], Tensor]
@@ -95,7 +84,7 @@ def evaluate(score: Score, layer: LayerState, growing: bool = False) -> Tensor:
     Raises:
         ValueError: it did not return real numbers in the weight's shape, or it returned NaN where it decides.
     """
-    result = score(layer)
+    result = score(layer.gathered())
     if score in _OWN:
         return result
     name, shape = getattr(score, "__name__", score), tuple(layer.mask.shape)

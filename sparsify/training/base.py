@@ -21,7 +21,7 @@ class UpdaterBase(Guest):
         goals: {parameter name: goal} of every masked weight.
         reasons: {parameter name: why it is dense} of every other weight that the model consumes.
         seed: of what the method draws at random.
-        skipped: on the device, the updates that a gradient which was not finite has prevented since the last load.
+        skipped: on the device, the updates that were prevented since the last load because something was not finite.
     """
 
     method: Method

@@ -98,13 +98,8 @@ def _deciding(state: LayerState) -> Iterator[Tensor]:
 
     One after the other: what is sharded is gathered for it.
     """
-    if (gradient := state.gradient) is not None:
-        yield gradient
-        return
-    if (momentum := state.momentum) is not None:
-        yield momentum
-        del momentum
-    yield state.weight
+    tensors = (state.gradient,) if state.gradient is not None else (state.momentum, state.weight)
+    yield from (whole(tensor) for tensor in tensors if tensor is not None)
 
 
 def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -157,7 +152,7 @@ def _apply(
     assert updates is not None
     changed = mask.mask.logical_xor(new)
     changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
-    grown = updates.growth_init(state).to(weight.dtype) if updates.growth_init and change.grow else None
+    grown = updates.growth_init(state.gathered()).to(weight.dtype) if updates.growth_init and change.grow else None
     mask.mask.logical_xor_(changed)
     zero_dropped_(weight, mask.mask)
     if grown is not None:

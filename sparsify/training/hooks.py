@@ -204,8 +204,8 @@ class OptimizerHooks:
             target=goal.target,
             unit=goal.unit,
             out_dim=goal.out_dim,
-            gradient_part=gradient,
-            momentum_part=self.updater.momentum(b.name),
+            gradient=gradient,
+            momentum=self.updater.momentum(b.name),
             step=step,
             seed=self.updater.seed,
         )

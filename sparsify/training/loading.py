@@ -62,8 +62,8 @@ def _check_training(updater: UpdaterBase, state: State) -> dict[str, int]:
     for (name, goal), target in zip(updater.goals.items(), state.targets, strict=True):
         if goal.target != target:
             raise ValueError(
-                f"The state_dict is of another density or distribution; the first difference is {name}: the state_dict keeps "
-                f"{target} weights of it and the model {goal.target}. Sparsify as for the checkpoint to go on, {otherwise}."
+                f"The state_dict is of another density or distribution; the first difference is {name}: it is to keep "
+                f"{target} weights there and {goal.target} here. Sparsify as for the checkpoint to go on, {otherwise}."
             )
     return dict(zip(updater.goals, state.nonzeros, strict=True))
 

@@ -86,7 +86,8 @@ def check_drift(seen: Iterable[tuple[Bound, Tensor]]) -> None:
         if dropped and 2 * dropped * int(mask.sum()) < kept * int((~mask).sum()):
             raise RuntimeError(
                 f"{b.name} has gradients where it is dropped. The masks of the ranks differ: updater.compare_ranks() names the "
-                f"first difference, and updater.synchronize(), on every rank, mends it."
+                f"first difference, and updater.synchronize(), on every rank, mends it. Or something has written to a few "
+                f"gradients since the last look: call updater.detach(keep_step=True), and attach() again."
             )
 
 

@@ -84,7 +84,7 @@ class State:
             changed = [(i, n) for i, n in enumerate(counts) if n != before[i]] if counts is not before else []
             history.append((step, changed))
             before = counts
-        text = json.dumps({**vars(self), "history": history}, separators=(",", ":")).encode()
+        text = json.dumps({**vars(self), "history": history}, separators=(",", ":"), default=int).encode()
         entries, pairs = max(len(history) + coming, _ROOM[counts_vary]), _PAIR * len(self.nonzeros)
         size = _FIXED + 2 * _NUMBER * len(self.nonzeros) + pairs + entries * (_NUMBER + pairs * counts_vary)
         return F.pad(torch.frombuffer(bytearray(text), dtype=torch.uint8), (0, max(0, size - len(text))))
@@ -99,7 +99,7 @@ class State:
         try:
             if tensor.dtype == torch.int64:
                 return _decode_integers(iter(tensor.tolist()))
-            fields = json.loads(tensor.numpy().tobytes().rstrip(b"\0"))
+            fields = json.loads(tensor.cpu().numpy().tobytes().rstrip(b"\0"))
             changes = [(step, dict(pairs)) for step, pairs in fields.pop("history")]
             return State(**fields, history=_entries(changes, len(fields["nonzeros"])))
         except (StopIteration, RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:

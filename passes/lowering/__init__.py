@@ -1,0 +1,1 @@
+"""Lowering: a trained network as one that does less: batch norms folded, dead channels removed."""
