@@ -13,11 +13,12 @@ _PASSES = {
     "torch_ops": "",
     "shards": "",
     "capture": "torch_ops shards",
-    "weights": "torch_ops shards capture",
-    "masking": "torch_ops shards capture weights",
-    "counting": "torch_ops shards capture weights masking",
-    "channels": "torch_ops shards capture weights masking counting",
-    "lowering": "torch_ops shards capture weights masking counting channels",
+    "kernels": "torch_ops shards",
+    "weights": "torch_ops shards capture kernels",
+    "masking": "torch_ops shards capture kernels weights",
+    "counting": "torch_ops shards capture kernels weights masking",
+    "channels": "torch_ops shards capture kernels weights masking counting",
+    "lowering": "torch_ops shards capture kernels weights masking counting channels",
 }
 _SPARSIFY = {
     "checks": "",

@@ -4,9 +4,14 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch import Tensor, nn
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
+from torch.autograd.graph import increment_version
 
+from passes.kernels.compiler import native
 from passes.shards import is_sharded, local, own_part
 
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -55,6 +60,12 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     integer = _INTEGERS.get(tensor.dtype) if tensor.is_cpu and tensor.stride() == mask.stride() else None
     if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         return False
+    if _is_plain(tensor) and _is_plain(mask) and (library := native()):
+        threads = torch.get_num_threads()
+        library.zero_dropped(tensor.data_ptr(), mask.data_ptr(), tensor.numel(), tensor.element_size(), threads)
+        if not tensor.is_inference():
+            increment_version(tensor)
+        return True
     bits, keep = tensor.view(integer), mask.view(torch.int8)  # of integers, since NaN * 0 is 0 there
     if tensor.numel() <= _CHUNK:
         bits.mul_(keep)
@@ -63,6 +74,11 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     for chunk, kept in zip(*flat, strict=True):
         chunk.mul_(kept)
     return True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is its memory: not fake, nor wrapped by a transform."""
+    return type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
 
 
 class MaskGradient(torch.autograd.Function):

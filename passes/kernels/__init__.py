@@ -1,0 +1,1 @@
+"""Kernels: native code, compiled for the CPU at hand on first use."""
