@@ -4,6 +4,7 @@ A compiler is the one that CXX names, g++, clang++ or c++, or the one in the pac
 fails, callers use torch's operations; a line on stderr says so, once.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -102,7 +103,9 @@ def _cache() -> Path:
 
 @functools.cache
 def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="sparsify-"))
+    folder = Path(tempfile.mkdtemp(prefix="sparsify-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _load(path: Path) -> ctypes.CDLL:
