@@ -289,3 +289,42 @@ def test_odd_networks_stay_the_same(case: str) -> None:
     make, x = ODD[case]
     model = make().eval()
     assert_same(model, lower(model, (x,)), x)
+
+
+class SharesLayers(nn.Module):
+    """Python code around two graphs that call the same convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = conv(3, 4, empty=(1,))
+        self.a, self.b = nn.Sequential(layer, nn.BatchNorm2d(4)), nn.Sequential(layer, nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if x.sum() < 1e9 else x
+
+
+def test_layers_that_several_graphs_call_stay() -> None:
+    model = give_statistics(SharesLayers()).eval()
+    lowered = lower(model, X)
+    assert list(graphs(lowered)) == ["a", "b"]
+    assert_same(model, lowered, X)
+
+
+def test_python_code_does_not_stand_in_for_graphs_that_were_lowered() -> None:
+    model = give_statistics(nn.ModuleDict({"block": nn.Sequential(conv(3, 4), nn.BatchNorm2d(4))}))
+    root = ByName(model["block"]).eval()
+    lowered = lower(root, X)
+    assert_same(root, lowered, X)
+    with pytest.raises(ValueError, match="Its Python code cannot stand in"):
+        lowered.block(None)
+
+
+class ByName(nn.Module):
+    """Python code that calls a graph by the name of its argument."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(input=x) if x.sum() < 1e9 else x

@@ -1,7 +1,8 @@
 """Lower: a dense model with zeros, as graphs of evaluation without batch norms and dead channels."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from passes.capture.captured import install
 from passes.capture.lint import check_graphs
-from passes.capture.regions import Capture, Region, called_modules, trace
+from passes.capture.regions import Capture, called_modules, trace
 from passes.channels.prune import remove_dead_channels_
 from passes.lowering.batch_norms import fold_batch_norms_
 
@@ -26,29 +27,27 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         The same object. Its original forward no longer fits its layers.
     """
     capture = trace(model)
-    regions = {
-        path: Region(
-            {True: region.graphs[False], False: region.graphs[False]}, region.constants, region.arguments, region.through
-        )
-        for path, region in capture.regions.items()
-    }
-    for path, region in regions.items():
-        fold_batch_norms_(model.get_submodule(path), region.graphs[False])
+    evaluation = {path: dict.fromkeys((True, False), region.graphs[False]) for path, region in capture.regions.items()}
+    regions = {path: replace(region, graphs=evaluation[path]) for path, region in capture.regions.items()}
+    layers = {path: [m for _, m in called_modules(model.get_submodule(path), r.graphs)] for path, r in regions.items()}
+    calls = Counter(layer for own in layers.values() for layer in own)
+    # Layers that several graphs call stay as they are, and so do the graphs.
+    alone = [path for path, own in layers.items() if all(calls[layer] == 1 for layer in own)]
+    for path in alone:
+        fold_batch_norms_(model.get_submodule(path), regions[path].graphs[False])
     check_graphs("folding batch norms", model, regions)
     install(model, Capture(regions, {}))
-    shared = Counter(m for path, r in regions.items() for _, m in called_modules(model.get_submodule(path), r.graphs))
-    for path, given in _inputs_of(model, regions, args, kwargs).items():
-        module, graph = model.get_submodule(path), regions[path].graphs[False]
-        if all(shared[m] == 1 for _, m in called_modules(module, regions[path].graphs)):
-            remove_dead_channels_(module, graph, given)
-        vars(module)["keeps_graph"] = True
+    for path in alone:
+        vars(model.get_submodule(path))["keeps_graph"] = True
+    for path, given in _inputs_of(model, alone, args, kwargs).items():
+        remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], given)
     check_graphs("removing dead channels", model, regions)
     return model
 
 
 @torch.no_grad()
 def _inputs_of(
-    model: nn.Module, regions: Mapping[str, Region], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, regions: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
     """Run a model, and return what each region was called with, by position; regions that were not called are not there."""
     found: dict[str, tuple[Any, ...]] = {}
