@@ -27,13 +27,12 @@ from passes.capture.records import (
     TensorRecord,
 )
 
-_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)) | {
-    FunctionType,
-    MethodType,
-    BuiltinFunctionType,
-    ModuleType,
-    nn.Parameter,
-}
+_ATOMS = frozenset(
+    (
+        *(type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size),
+        *(FunctionType, MethodType, BuiltinFunctionType, ModuleType, nn.Parameter),
+    )
+)
 _OWN = ("_parameters", "_buffers", "_modules")
 _UNWRITTEN = frozenset(vars(nn.Module())) - {*_OWN}  # such as hooks: forward does not write these
 

@@ -7,9 +7,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def is_depthwise(module: Any) -> bool:
+    """Whether a layer is a convolution that makes each output from the input of the same number."""
+    return getattr(module, "groups", 1) == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0) > 1
+
+
+def uses(module: Any) -> Tensor:
+    """Return which inputs each output has a weight for: (outputs, inputs of a group), bool on the CPU."""
+    weight = module.weight.detach().cpu()
+    return weight.flatten(2).ne(0).any(2) if weight.dim() > 2 else weight != 0
+
+
 def is_padded(module: Any) -> bool:
-    """Whether a layer reads something else than its input at the border."""
-    return not isinstance(module, (nn.Linear, _BatchNorm)) and module.padding not in (0, (0,) * len(module.kernel_size))
+    """Whether a convolution or linear layer reads something else than its input at the border."""
+    return not isinstance(module, nn.Linear) and module.padding not in (0, (0,) * len(module.kernel_size))
 
 
 def sums(module: Any) -> Tensor:
@@ -31,11 +42,10 @@ def constants_of(module: Any, inputs: Tensor) -> Tensor:
         return (inputs - _double(module.running_mean)) * scale + _double(module.bias)
     foldable = ~inputs.isnan() & ((inputs == 0) | (not is_padded(module)))
     known = torch.where(foldable, inputs, 0.0)
-    weight = _double(module.weight).flatten(2) if module.weight.dim() > 2 else _double(module.weight)[..., None]
-    used = weight.ne(0).any(2)  # (outputs, inputs of a group)
+    used = uses(module)
     if getattr(module, "groups", 1) == 1:
         varies, values = (used & ~foldable).any(1), sums(module) @ known
-    elif module.groups == module.in_channels == module.out_channels:
+    elif is_depthwise(module):
         varies, values = used[:, 0] & ~foldable, sums(module)[:, 0] * known
     else:
         varies, values = used.any(1), torch.zeros(len(used), dtype=torch.float64)

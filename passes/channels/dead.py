@@ -6,7 +6,7 @@ which then moves into the reader's bias. What is not understood keeps its channe
 """
 
 import operator
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.channels.constants import constants_of
+from passes.channels.constants import constants_of, is_depthwise
 from passes.counting.recorder import thawed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -102,18 +102,14 @@ class Follower(fx.Interpreter):
         self.atoms = _Atoms()
         self.layers: dict[str, Layer] = {}
         self._channels: dict[fx.Node, Channels] = {}
-        owners: dict[nn.Parameter, int] = defaultdict(int)
-        for owner in module.modules():
-            for parameter in owner._parameters.values():
-                if parameter is not None:
-                    owners[parameter] += 1
+        owners = Counter(p for owner in module.modules() for p in owner._parameters.values() if p is not None)
         self._tied = {parameter for parameter, count in owners.items() if count > 1}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         result = getattr(self, n.op)(n.target, thawed(args), thawed(kwargs))
         sources = [self._channels[s] for s in n.all_input_nodes if s in self._channels]
-        found = self._follow(n, sources, result) if sources or n.op == "call_module" else None
+        found = self._follow(n, sources) if sources or n.op == "call_module" else None
         if found is not None:
             self._channels[n] = found
         else:
@@ -121,7 +117,7 @@ class Follower(fx.Interpreter):
                 self.atoms.pin(source.atoms)
         return result
 
-    def _follow(self, node: fx.Node, sources: list[Channels], result: Any) -> Channels | None:
+    def _follow(self, node: fx.Node, sources: list[Channels]) -> Channels | None:
         """Return the channels of a node's value; None where what happens to them is not known."""
         shapes = [self.env[s].shape for s in node.all_input_nodes if isinstance(self.env.get(s), Tensor)]
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
@@ -161,31 +157,25 @@ class Follower(fx.Interpreter):
             return None
         dim = len(shape) - 1 if isinstance(module, nn.Linear) else 1
         source = sources[0] if sources and sources[0].dim == dim else None
-        size = shape[dim]
-        if (layer := self.layers.get(path)) is None:
-            inputs = self.atoms.new(size)
-            same = isinstance(module, _BatchNorm) or (
-                isinstance(module, _CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
-            )
-            outputs = inputs if same else self.atoms.new(_outputs(module))
-            layer = self.layers[path] = Layer(module, inputs, outputs, _unknown(size))
-            grouped = isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not same
-            if grouped or any(p in self._tied for p in module.parameters()):
-                self.atoms.pin(torch.cat([inputs, outputs]))
-            first = True
-        else:
-            first = False
-        if source is None:
-            for other in sources:
-                self.atoms.pin(other.atoms)
-            self.atoms.pin(layer.inputs)
-            constants = _unknown(size)
-        else:
+        constants = source.constants if source else torch.full((shape[dim],), torch.nan, dtype=torch.float64)
+        layer = self.layers.get(path) or self._new_layer(path, module, constants)
+        if source:
             self.atoms.join(source.atoms, layer.inputs)
-            constants = source.constants
-        agreed = constants if first else torch.where(constants == layer.constants, constants, torch.nan)
-        layer.constants = agreed
+        else:
+            for atoms in (*(other.atoms for other in sources), layer.inputs):
+                self.atoms.pin(atoms)
+        layer.constants = torch.where(constants == layer.constants, constants, torch.nan)
         return Channels(layer.outputs, constants_of(module, constants), dim)
+
+    def _new_layer(self, path: str, module: Any, constants: Tensor) -> Layer:
+        inputs = self.atoms.new(len(constants))
+        same = isinstance(module, _BatchNorm) or is_depthwise(module)
+        outputs = inputs if same else self.atoms.new(_outputs(module))
+        grouped = getattr(module, "groups", 1) > 1 and not same
+        if grouped or any(p in self._tied for p in module.parameters()):
+            self.atoms.pin(torch.cat([inputs, outputs]))
+        self.layers[path] = Layer(module, inputs, outputs, constants)
+        return self.layers[path]
 
     def _joined(self, node: fx.Node) -> Channels | None:
         values: Any = node.args[0]
@@ -223,10 +213,6 @@ def _writes(node: fx.Node, module: Any) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") is True
     return bool(in_place) or (module is None and (name in ("iadd", "imul") or (name.endswith("_") and not name.endswith("__"))))
-
-
-def _unknown(count: int) -> Tensor:
-    return torch.full((count,), torch.nan, dtype=torch.float64)
 
 
 def _dims(node: fx.Node) -> tuple[int, ...]:

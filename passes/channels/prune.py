@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.channels.constants import is_padded, sums
+from passes.channels.constants import is_padded, sums, uses
 from passes.channels.dead import Follower, Layer
 
 
 @torch.no_grad()
-def remove_dead_channels_(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> dict[str, tuple[int, int]]:
+def remove_dead_channels_(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> None:
     """Remove the channels of a graph that do not matter, in place; what it computes stays the same.
 
     A channel goes where every layer that reads it has only zeros for it, or sees one number at every place, which is added to
@@ -22,22 +22,15 @@ def remove_dead_channels_(module: nn.Module, graph: fx.Graph, inputs: Sequence[A
         module: the root of the graph, in evaluation mode, with real tensors.
         graph: what it runs in evaluation.
         inputs: arguments of the graph, in order; it runs on them once.
-
-    Returns:
-        {module path: (outputs left, outputs before)} of the layers that lost any.
     """
     follower = Follower(module, graph)
     follower.run(*inputs)
-    layers = follower.layers
-    before = {path: len(layer.outputs) for path, layer in layers.items()}
     dead = _dead_classes(follower)
-    for layer in layers.values():
+    for layer in follower.layers.values():
         ins = torch.tensor([c not in dead for c in follower.atoms.classes(layer.inputs)])
         outs = torch.tensor([c not in dead for c in follower.atoms.classes(layer.outputs)])
         _absorb(layer, ~ins)
         _slice(layer.module, ins, outs)
-        layer.outputs = layer.outputs[outs]
-    return {path: (len(layer.outputs), n) for path, layer in layers.items() if len(layer.outputs) < (n := before[path])}
 
 
 def _dead_classes(follower: Follower) -> set[int]:
@@ -70,10 +63,8 @@ def _unneeded(candidates: set[int], readers: list[tuple[Layer, list[int], list[i
 
 def _needs(layer: Layer, rows: Tensor) -> Tensor:
     """Say of which inputs a layer needs more than their number: (inputs,) bool."""
-    weight = layer.module.weight.detach().cpu()
-    used = weight.flatten(2).ne(0).any(2) if weight.dim() > 2 else weight != 0  # (outputs, inputs)
     varies = layer.constants.isnan() | ((layer.constants != 0) & is_padded(layer.module))
-    return used[rows].any(0) & varies
+    return uses(layer.module)[rows].any(0) & varies
 
 
 def _absorb(layer: Layer, gone: Tensor) -> None:

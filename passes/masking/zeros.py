@@ -57,7 +57,8 @@ def zero_dropped(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     """Multiply the bits of a tensor by a mask if both lie alike in memory; return whether they do."""
-    integer = _INTEGERS.get(tensor.dtype) if tensor.is_cpu and tensor.stride() == mask.stride() else None
+    alike = tensor.is_cpu and tensor.stride() == mask.stride() and not is_legacy_batchedtensor(tensor)
+    integer = _INTEGERS.get(tensor.dtype) if alike else None
     if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         return False
     if _is_plain(tensor) and _is_plain(mask) and (library := native()):
@@ -101,7 +102,7 @@ class MaskGradient(torch.autograd.Function):
         # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
         # gradient to both its operands. One that is itself differentiated is not ours to write either.
         own = ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if own and not is_legacy_batchedtensor(grad) and _mask_bits_(grad, mask):
+        if own and _mask_bits_(grad, mask):
             return grad, None, None
         return zero_dropped(grad, mask), None, None
 

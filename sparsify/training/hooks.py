@@ -72,9 +72,8 @@ class OptimizerHooks:
     def _mask_written(self) -> None:
         """Mask the weights that something wrote to since the last step. Writes through `weight.data` leave no trace."""
         traces = [trace_of(b.weight) for b in self.bound]
-        for b, trace, last in zip(self.bound, traces, self._traces or [None] * len(traces), strict=True):
-            if trace != last:
-                _mask([b])
+        before = self._traces or [None] * len(traces)
+        _mask([b for b, trace, last in zip(self.bound, traces, before, strict=True) if trace != last])
 
     def _look(self, step: int) -> None:
         """Find weights with gradients where they are dropped, as penalties, hooks and compression give them.
