@@ -53,7 +53,7 @@ def test_loops_equal_torch(count: int, dtype: torch.dtype, threads: int, density
     expected = torch.where(mask, x, torch.zeros((), dtype=dtype))
     library = compiler.native()
     assert library is not None
-    library.zero_dropped(x.data_ptr(), mask.data_ptr(), count, x.element_size(), threads)
+    library.sparsify_zero_dropped(x.data_ptr(), mask.data_ptr(), count, x.element_size(), threads)
     assert torch.equal(bits(x), bits(expected))
 
 

@@ -41,6 +41,12 @@ class Captured(Host, fx.GraphModule):
         if not any(map(has_hooks, self._through)):
             vars(self)["_through"] = ()
 
+    def layers_changed(self) -> None:
+        """Run the graphs as they are now, after layers were put in and taken off."""
+        left = set(self.modules())
+        vars(self)["_through"] = tuple(module for module in self._through if module in left)
+        self.recompile()
+
     @property
     def _graph(self) -> fx.Graph:  # what GraphModule's own property `graph` reads and writes
         return self._graphs[self.training]

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+_SOURCE = Path(__file__).parent / "native" / "native.cpp"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 
 
 @functools.cache
@@ -35,6 +35,16 @@ def native() -> ctypes.CDLL | None:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"sparsify: no native loops, torch's operations run instead: {error}", file=sys.stderr)
         return None
+
+
+def threads() -> int:
+    """Return how many threads a loop may use: as many as torch does, and one in a forked process, where its pool is gone."""
+    return 1 if _FORKED else torch.get_num_threads()
+
+
+_FORKED: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
 
 
 def _compiler() -> list[str]:
@@ -51,7 +61,8 @@ def _built() -> Path:
     """Return the library of this source, compiler and CPU, after its content was checked."""
     command = _compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=60).stdout
-    facts = [_SOURCE.read_bytes(), version, " ".join([*command, *_FLAGS]).encode(), _cpu()]
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir())]
+    facts = [*sources, version, " ".join([*command, *_FLAGS]).encode(), _cpu()]
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()[:24]
     folder = _cache()
     for path in folder.glob(f"{key}-*.so"):
@@ -111,12 +122,21 @@ def _own_folder() -> Path:
 def _load(path: Path) -> ctypes.CDLL:
     """Load a library and try it, so that one that does not work here is not used."""
     library = ctypes.CDLL(str(path))
-    library.zero_dropped.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-    library.zero_dropped.restype = None
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    for name, result, arguments in (
+        ("zero_dropped", None, (pointer, pointer, long, integer, integer)),
+        ("plan", pointer, (pointer, long, long)),
+        ("forget", None, (pointer,)),
+        ("run", integer, (pointer, pointer, pointer, long, integer, pointer)),
+        ("lanes", integer, ()),
+        ("sums", integer, ()),
+    ):
+        function = getattr(library, f"sparsify_{name}")
+        function.restype, function.argtypes = result, arguments
     for libgomp in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        library.use_threads_of(str(libgomp).encode())
+        library.sparsify_use_threads_of(str(libgomp).encode())
     values, mask = torch.arange(1.0, 8.0), torch.arange(7) % 2 == 0
-    library.zero_dropped(values.data_ptr(), mask.data_ptr(), 7, 4, 1)
+    library.sparsify_zero_dropped(values.data_ptr(), mask.data_ptr(), 7, 4, 1)
     if values.tolist() != [1, 0, 3, 0, 5, 0, 7]:
         raise ValueError(f"{path} does not compute what it should")
     return library

@@ -1,27 +1,34 @@
-"""Lower: a dense model with zeros, as graphs of evaluation without batch norms and dead channels."""
+"""Lower: a dense model with zeros as graphs of evaluation whose parts the kernels run."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from passes.capture.captured import install
+from passes.capture.captured import Captured, install
 from passes.capture.lint import check_graphs
 from passes.capture.regions import Capture, called_modules, trace
 from passes.channels.prune import remove_dead_channels_
+from passes.lowering.attention import split_attention_
 from passes.lowering.batch_norms import fold_batch_norms_
+from passes.lowering.run import prepared
+from passes.lowering.segments import Part, cut, learn_shapes, part_of, replace_
+
+BACKENDS = ("auto", "measured", "native", "torch")
 
 
-def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], backend: str) -> nn.Module:
     """Lower a model in evaluation mode, in place.
 
     Args:
         model: with real tensors; its graphs of evaluation stand for both modes from now on.
         args: positional arguments to run it on.
         kwargs: keyword arguments.
+        backend: one of `BACKENDS`.
 
     Returns:
         The same object. Its original forward no longer fits its layers.
@@ -39,20 +46,86 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     install(model, Capture(regions, {}))
     for path in alone:
         vars(model.get_submodule(path))["keeps_graph"] = True
-    for path, given in _inputs_of(model, alone, args, kwargs).items():
-        remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], given)
+    inputs = _inputs_of(model, [*alone, *capture.leaves], args, kwargs)
+    for path in [path for path in alone if path in inputs]:
+        remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], inputs[path])
     check_graphs("removing dead channels", model, regions)
+    if backend == "torch":
+        return model
+    for path in [path for path in alone if path in inputs]:
+        module = model.get_submodule(path)
+        _lower_graph_(module, regions[path].graphs[False], inputs[path], backend)
+        assert isinstance(module, Captured)
+        module.layers_changed()
+    check_graphs("choosing kernels", model, regions)
+    for path in [path for path in capture.leaves if path in inputs]:
+        _lower_leaf_(model, path, inputs[path], backend)
     return model
+
+
+def _lower_graph_(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any], backend: str) -> None:
+    """Put segments into a graph where they are faster."""
+    learn_shapes(module, graph, inputs)
+    split_attention_(module, graph)
+    learn_shapes(module, graph, inputs)
+    replace_(module, graph, [part for nodes, known in cut(module, graph) for part in _parts(module, nodes, known, backend)])
+
+
+def _lower_leaf_(model: nn.Module, path: str, inputs: Sequence[Any], backend: str) -> None:
+    """Put a segment in place of a layer that Python code calls, where it is faster."""
+    parent, _, name = path.rpartition(".")
+    holder, graph = nn.Module(), fx.Graph()
+    holder.add_module("layer", model.get_submodule(path))
+    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+    if len(inputs) != 1 or type(model.get_submodule(path)) is not nn.Linear:
+        return
+    learn_shapes(holder, graph, inputs)
+    for nodes, known in cut(holder, graph):
+        for part in _parts(holder, nodes, known, backend):
+            setattr(model.get_submodule(parent), name, part.segment)
+
+
+def _parts(module: nn.Module, nodes: list[fx.Node], known: Any, backend: str) -> list[Part]:
+    """Return what of some nodes is run by the kernels: all, or none."""
+    part = part_of(nodes, known)
+    inputs = [torch.zeros(node.meta["tensor_meta"].shape) for node in part.inputs]
+    plan = prepared(inputs, part.segment.values, part.segment.bits, part.segment.program)
+    if isinstance(plan, str):
+        return []
+    if backend == "measured":
+        return [part] if _seconds(part.segment, inputs) < _torch_seconds(module, part, inputs) else []
+    return [part] if backend == "native" or plan.cycles < plan.torch_cycles else []
+
+
+def _torch_seconds(module: nn.Module, part: Part, inputs: Sequence[torch.Tensor]) -> float:
+    """Return how long torch takes for a part."""
+    graph = fx.Graph()
+    values = {node: graph.placeholder(node.name) for node in part.inputs}
+    for node in part.nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in part.outputs))
+    return _seconds(fx.GraphModule(module, graph), inputs)
+
+
+@torch.no_grad()
+def _seconds(run: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
+    """Return the time of a call, the shortest of some."""
+    found = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        run(*inputs)
+        found.append(time.perf_counter() - begin)
+    return min(found)
 
 
 @torch.no_grad()
 def _inputs_of(
-    model: nn.Module, regions: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, modules: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
-    """Run a model, and return what each region was called with, by position; regions that were not called are not there."""
+    """Run a model, and return what each module was called with, by position; those that were not called are not there."""
     found: dict[str, tuple[Any, ...]] = {}
     handles = []
-    for path in regions:
+    for path in modules:
         module = model.get_submodule(path)
 
         def remember(module: Any, given: tuple[Any, ...], options: dict[str, Any], path: str = path) -> None:

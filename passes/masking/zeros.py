@@ -11,7 +11,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch.autograd.graph import increment_version
 
-from passes.kernels.compiler import native
+from passes.kernels.compiler import native, threads
 from passes.shards import is_sharded, local, own_part
 
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -62,8 +62,7 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         return False
     if _is_plain(tensor) and _is_plain(mask) and (library := native()):
-        threads = torch.get_num_threads()
-        library.zero_dropped(tensor.data_ptr(), mask.data_ptr(), tensor.numel(), tensor.element_size(), threads)
+        library.sparsify_zero_dropped(tensor.data_ptr(), mask.data_ptr(), tensor.numel(), tensor.element_size(), threads())
         if not tensor.is_inference():
             increment_version(tensor)
         return True

@@ -6,7 +6,7 @@ from torch import nn
 
 from passes.capture.copies import copied
 from passes.counting.inputs import forward_values
-from passes.lowering.lower import lower_
+from passes.lowering.lower import BACKENDS, lower_
 from passes.masking.fold import fold_
 from passes.masking.mask import masks_of
 from passes.shards import refuse_shards
@@ -50,7 +50,7 @@ def fold(model: nn.Module) -> nn.Module:
     return fold_(plain)
 
 
-def lower(model: nn.Module, inputs: Any) -> nn.Module:
+def lower(model: nn.Module, inputs: Any, *, backend: str = "auto") -> nn.Module:
     """Return a dense copy of a trained model that computes the same with less: for inference.
 
     Masks are folded, batch norms are folded into the layers before them, and dead channels are removed: those that no kept
@@ -76,6 +76,8 @@ def lower(model: nn.Module, inputs: Any) -> nn.Module:
         >>> lower(model, (1, 8))[0].weight.shape
         torch.Size([4, 8])
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"lower() takes a torch.nn.Module, not {type(model).__name__}.")
     if any(module.training for module in model.modules()):
@@ -86,4 +88,4 @@ def lower(model: nn.Module, inputs: Any) -> nn.Module:
         raise ValueError("The model is on the meta device, where weights have no values. Give it some first: model.to_empty().")
     refuse_shards(model)
     args, kwargs = forward_values(model, inputs)
-    return lower_(fold(model) if masks_of(model) else copied(model), args, kwargs)
+    return lower_(fold(model) if masks_of(model) else copied(model), args, kwargs, backend)

@@ -1,0 +1,41 @@
+// Native loops: a plain C interface and none of torch's headers, so that they compile in seconds.
+
+#include <cstdlib>
+
+#include "plan.h"
+#include "zeroing.h"
+
+using namespace sparsify;
+
+extern "C" {
+
+// Use the threads of a libgomp that is loaded already; returns whether it is. Without it, loops run in the caller's thread.
+int32_t sparsify_use_threads_of(const char *path) { return use_threads_of(path); }
+
+int32_t sparsify_lanes() { return kLanes; }
+int32_t sparsify_sums() { return kSums; }
+
+// Set values to 0, bit by bit, where the mask is 0. `width` is the size of one in bytes: 2, 4 or 8.
+void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int32_t width, int32_t threads) {
+  if (width == 2) zero<uint16_t>(values, mask, count, threads);
+  if (width == 4) zero<uint32_t>(values, mask, count, threads);
+  if (width == 8) zero<uint64_t>(values, mask, count, threads);
+}
+
+// Make a plan of steps, whose tables must outlive it; `floats` is the size of an arena.
+void *sparsify_plan(const Step *steps, int64_t count, int64_t floats) { return new Plan(steps, count, floats); }
+
+void sparsify_forget(void *plan) { delete static_cast<Plan *>(plan); }
+
+// Run a plan on images that lie behind each other; returns 0, or 1 where there is not enough memory. The seconds of every step
+// are added to `seconds`, if it is not null, of images that all threads work on together.
+int32_t sparsify_run(void *plan, const float *const *inputs, float *const *outputs, int64_t images, int32_t threads,
+                     double *seconds) {
+  try {
+    static_cast<Plan *>(plan)->run(inputs, outputs, images, threads, seconds);
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
+}

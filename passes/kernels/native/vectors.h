@@ -1,0 +1,98 @@
+// Vectors: as wide as the processor's, in the compiler's own notation, and the functions of activations on them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace sparsify {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kSums = 28;  // floats in a vector; vectors that stay in registers beside what is loaded
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kSums = 12;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kSums = 28;
+#else
+constexpr int kLanes = 4, kSums = 12;
+#endif
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+
+inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
+inline Vector splat(float value) { return value - Vector{}; }
+inline Vector larger(Vector a, Vector b) { return a < b ? b : a; }  // NaN in a stays
+inline Vector smaller(Vector a, Vector b) { return a > b ? b : a; }
+
+template <typename To, typename From>
+inline To bits(From value) {
+  To result;
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// Every other number of two vectors.
+inline Vector evens(Vector a, Vector b) {
+#if defined(__clang__)
+  if constexpr (kLanes == 4) return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  if constexpr (kLanes == 8) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#else
+  Integers places;
+  for (int i = 0; i < kLanes; ++i) places[i] = 2 * i;
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
+// exp(x) = 2^n exp(r), |r| <= log(2)/2, by the Taylor series of degree 7: relative error below 2e-7.
+inline Vector exponential(Vector x) {
+  const Vector bounded = smaller(larger(x, splat(-87.f)), splat(88.f));
+  const Vector rounder = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector n = (bounded * 1.44269504f + rounder) - rounder;
+  const Vector r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector sum = splat(1.f / 5040);
+  for (float term : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) sum = sum * r + term;
+  const Vector power = bits<Vector>((__builtin_convertvector(n, Integers) + 127) << 23);
+  return x != x ? x : sum * power;
+}
+
+inline Vector sigmoid(Vector x) { return 1.f / (1.f + exponential(-x)); }
+inline Vector hyperbolic(Vector x) { return 2.f * sigmoid(2.f * x) - 1.f; }
+
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: absolute error below 1.5e-7.
+inline Vector error_function(Vector x) {
+  const Vector size = x < 0.f ? -x : x;
+  const Vector t = 1.f / (1.f + 0.3275911f * size);
+  Vector sum = splat(1.061405429f);
+  for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.f}) sum = sum * t + term;
+  const Vector value = 1.f - sum * exponential(-size * size);
+  return x < 0.f ? -value : value;
+}
+
+// The order of passes/kernels/steps.py.
+enum Activation : int64_t { kNone, kRelu, kClamp, kSigmoid, kSilu, kHardSigmoid, kHardSwish, kGelu, kGeluTanh, kTanh };
+
+// Not inline: it is short beside what calls it, and would be there once for every tile.
+__attribute__((noinline)) inline Vector activate(Vector x, int64_t activation, float low, float high) {
+  switch (activation) {
+    case kRelu: return larger(x, Vector{});
+    case kClamp: return smaller(larger(x, splat(low)), splat(high));
+    case kSigmoid: return sigmoid(x);
+    case kSilu: return x * sigmoid(x);
+    case kHardSigmoid: return smaller(larger(x + 3.f, Vector{}), splat(6.f)) / 6.f;
+    case kHardSwish: return x * smaller(larger(x + 3.f, Vector{}), splat(6.f)) / 6.f;
+    case kGelu: return 0.5f * x * (1.f + error_function(x * 0.70710678f));
+    case kGeluTanh: return 0.5f * x * (1.f + hyperbolic(0.79788456f * (x + 0.044715f * x * x * x)));
+    case kTanh: return hyperbolic(x);
+    default: return x;
+  }
+}
+
+inline float activate_one(float x, int64_t activation, float low, float high) {
+  return activate(splat(x), activation, low, high)[0];
+}
+
+}  // namespace sparsify

@@ -1,0 +1,90 @@
+"""Steps: what a native plan is made of, as `native/steps.h` has it, and running one."""
+
+import ctypes
+import enum
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from passes.kernels.compiler import threads
+
+ACTIVATIONS = ("none", "relu", "clamp", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "gelu_tanh", "tanh")
+
+
+class Kind(enum.IntEnum):
+    """What a step does, in the order of the enum of the same name in C++."""
+
+    READ = 0
+    MOVE = 1
+    WRITE = 2
+    CONVOLVE = 3
+    DOTS = 4
+    POOL = 5
+    ADD = 6
+    MULTIPLY = 7
+    ACTIVATE = 8
+    MEAN = 9
+    NORMALIZE = 10
+
+
+_INTEGERS, _TABLE, _NUMBERS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class Step(ctypes.Structure):
+    """One step; the fields, and what they mean, are those of `native/steps.h`."""
+
+    _fields_ = (
+        *((name, _INTEGERS) for name in ("kind", "items", "grain", "channels", "rows", "columns", "pitch", "lead", "tail")),
+        *((name, _TABLE) for name in ("target", "source", "other")),
+        ("activation", _INTEGERS),
+        *((name, _NUMBERS) for name in ("low", "high", "fill", "epsilon")),
+        *((name, _INTEGERS) for name in ("even", "outside", "image_stride", "channel_stride")),
+        *((name, _INTEGERS) for name in ("row_stride", "column_stride")),
+        ("boxes", _TABLE),
+        *((name, _INTEGERS) for name in ("source_rows", "source_columns", "source_pitch")),
+        ("window", _TABLE),
+        *((name, _INTEGERS) for name in ("group", "blocks", "chunks")),
+        *((name, _TABLE) for name in ("chunk_groups", "starts", "offsets", "values", "scale", "bias")),
+    )
+
+
+class NativePlan:
+    """Steps with their tables, ready to run; any number of threads may run it at once."""
+
+    def __init__(self, library: ctypes.CDLL, steps: Sequence[dict[str, Any]], floats: int) -> None:
+        """Make a plan.
+
+        Args:
+            library: what `passes.kernels.compiler.native` returned.
+            steps: the fields of each; tables are numpy arrays of int32 or float32. Fields that are left out are 0.
+            floats: how many numbers the activations of one image take.
+        """
+        self._tables = [value for step in steps for value in step.values() if isinstance(value, np.ndarray)]
+        self.nbytes = sum(table.nbytes for table in {id(table): table for table in self._tables}.values())
+        assert all(table.flags.c_contiguous and table.dtype in (np.int32, np.float32) for table in self._tables)
+        records = (Step * len(steps))()
+        for record, step in zip(records, steps, strict=True):
+            for name, value in step.items():
+                setattr(record, name, value.ctypes.data if isinstance(value, np.ndarray) else value)
+        self._library, self.count = library, len(steps)
+        self._handle = ctypes.c_void_p(library.sparsify_plan(records, len(steps), floats))
+        weakref.finalize(self, library.sparsify_forget, self._handle)
+
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], images: int) -> None:
+        """Run the plan on contiguous float32 tensors, on as many threads as torch uses."""
+        self._run(inputs, outputs, images, None)
+
+    def seconds(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> np.ndarray:
+        """Run the plan on the first image, and return how long every step took: (steps,) float64."""
+        found = np.zeros(self.count)
+        self._run(inputs, outputs, 1, found.ctypes.data)
+        return found
+
+    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], images: int, seconds: int | None) -> None:
+        sources = (ctypes.c_void_p * len(inputs))(*(x.data_ptr() for x in inputs))
+        targets = (ctypes.c_void_p * len(outputs))(*(x.data_ptr() for x in outputs))
+        if self._library.sparsify_run(self._handle, sources, targets, images, threads(), seconds):
+            raise MemoryError(f"There is not enough memory for the activations of an image in {threads()} threads.")

@@ -1,0 +1,117 @@
+"""Costs: how a convolution is cut into pieces, and which kernel is the fastest, from a model of the machine."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.kernels.compiler import threads
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the kernels run on.
+
+    Attributes:
+        lanes: numbers in a vector.
+        sums: vectors of sums that stay in registers.
+        cache: bytes of the nearest cache.
+    """
+
+    lanes: int
+    sums: int
+    cache: int
+
+
+def this_machine(lanes: int, sums: int) -> Machine:
+    """Return the machine at hand."""
+    try:
+        cache = os.sysconf("SC_LEVEL1_DCACHE_SIZE")
+    except (ValueError, OSError):
+        cache = 0
+    return Machine(lanes, sums, cache or 32768)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a convolution is cut.
+
+    Attributes:
+        group: outputs that share a pattern.
+        vectors: of pixels in a tile.
+        channels: input channels of a block.
+        chunk_weights: the most weights of a chunk.
+        chunks: at least so many.
+        single: planes are one pixel.
+        cycles: about how many one core takes.
+    """
+
+    group: int
+    vectors: int
+    channels: int
+    chunk_weights: float
+    chunks: int
+    single: bool
+    cycles: float
+
+
+def choose(
+    machine: Machine, mask: np.ndarray, shape: tuple[int, ...], flat: int, pitch: int, groups: int, *, single: bool
+) -> Work:
+    """Return how a convolution is cut.
+
+    Args:
+        machine: what it runs on.
+        mask: its kept weights: (outputs, elements).
+        shape: of its weight.
+        flat: numbers from the first pixel to the last.
+        pitch: numbers from one row to the next.
+        groups: convolution groups.
+        single: whether planes are one pixel.
+    """
+    parts = 4 * threads() if threads() > 1 else 1
+    if single:
+        return Work(1, 1, 1 << 30, np.inf, parts, True, 2.0 * float(mask.sum()))
+    total = -(-flat // machine.lanes)
+    group = _group(mask, groups)
+    kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
+    height = shape[2] if len(shape) == 4 else 1
+    best, found = np.inf, (1, 1)
+    for vectors in range(1, min(total, 12 if group == 1 else machine.sums, machine.sums // group) + 1):
+        run, tiles = vectors * machine.lanes, -(-total // vectors)
+        reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
+        for blocks in _blocks(shape[1]) if groups == 1 else (1,):
+            near = min(1.0, 0.9 * machine.cache * blocks / (reach * shape[1] / groups))
+            per_vector = group * 0.55 + 0.3 * (1 - near)
+            cells = blocks * shape[0] / group
+            cost = tiles * (cells * (16 + 2 * vectors * group) + kept * (1 + vectors * per_vector))
+            if cost < best:
+                best, found = cost, (vectors, blocks)
+    vectors, blocks = found
+    channels = -(-shape[1] // blocks) if groups == 1 else 1 << 30
+    tiles = -(-total // vectors)
+    return Work(group, -(-total // tiles), channels, 16384, max(1, -(-parts // tiles)), False, float(best))
+
+
+def torch_cycles(machine: Machine, products: float, groups: int, outputs: float) -> float:
+    """Return about how many cycles torch takes on one core for a dense layer: (products) multiplications, so many outputs."""
+    share = 0.5 if groups == 1 else 0.12  # of what the processor could do: two vectors a cycle
+    return products / (2 * machine.lanes * share) + outputs / 4
+
+
+CALL = 60_000  # cycles that an operator call costs
+COPIED = 0.5  # cycles for a number that is copied or combined with another
+
+
+def _blocks(channels: int) -> list[int]:
+    return [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if n == 1 or channels // n >= 8]
+
+
+def _group(mask: np.ndarray, groups: int) -> int:
+    """Return how many outputs share a pattern at best: one load of pixels serves all, and all multiply what any keeps."""
+    outputs = mask.shape[0] // groups
+    best, group = mask.mean(), 1
+    for size, gain in ((2, 0.62), (4, 0.5)):
+        if outputs % size == 0 and (cost := mask.reshape(-1, size, mask.shape[1]).any(1).mean() * gain) < best:
+            best, group = cost, size
+    return group
