@@ -94,8 +94,6 @@ def _grid(grid: Sequence[int]) -> tuple[int, int]:
 def _out(op: Op, inputs: list[Shape], flat: bool) -> Shape:
     x, window = inputs[0], window_of(op)
     if window:
-        if (op.options or {}).get("ceil_mode") and window.leaves_some(x.rows, x.columns):
-            raise Unsupported("windows reach over the edge")
         return Shape(op.weight.shape[0] if op.weight else x.channels, *window.out(x.rows, x.columns), False, x.rank)
     if op.kind == "linear":
         assert op.weight

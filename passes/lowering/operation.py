@@ -48,16 +48,26 @@ def binary(kind: str, node: fx.Node) -> Operation | None:
     return Operation(kind, (first, second), last=False if gate else None) if ours == theirs or gate else None
 
 
-def scaled(norm: Any, inputs: tuple[fx.Node, ...]) -> Operation | None:
-    """A norm by fixed statistics multiplies every channel by a number and adds one: a depthwise convolution of one pixel."""
+def normalized(norm: Any, inputs: tuple[fx.Node, ...]) -> Operation | None:
+    """A norm by fixed statistics multiplies every channel by a number and adds one."""
+    scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    bias = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+    return scaled(inputs, scale.detach(), bias.detach())
+
+
+def scaled(inputs: tuple[fx.Node, ...], scale: Tensor, bias: Tensor | None) -> Operation | None:
+    """A number for every channel, times an image, is a depthwise convolution of one pixel."""
     rank = len(shape_of(inputs[0]) or ())
     if rank not in (3, 4):
         return None
-    scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-    bias = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
     options = {"stride": [1] * (rank - 2), "padding": [0] * (rank - 2), "dilation": [1] * (rank - 2), "groups": len(scale)}
-    weight = scale.detach().view(-1, *[1] * (rank - 1))
-    return Operation("conv", inputs, weight, bias.detach(), options=options, last=False)
+    return Operation("conv", inputs, scale.view(-1, *[1] * (rank - 1)), bias, options=options, last=False)
+
+
+def permuted(inputs: tuple[fx.Node, ...], dims: tuple[int, ...]) -> Operation | None:
+    """Channels that come first, or last, instead."""
+    last: dict[tuple[int, ...], bool] = {(0, 2, 3, 1): False, (0, 3, 1, 2): True}
+    return Operation("permute", inputs, options={"dims": list(dims)}, last=last[dims]) if dims in last else None
 
 
 def average(inputs: tuple[fx.Node, ...], given: dict[str, Any]) -> Operation | None:

@@ -16,7 +16,9 @@ from passes.lowering.operation import (
     dims_of,
     gelu,
     max_pool,
+    normalized,
     padding_of,
+    permuted,
     scaled,
     shape_of,
 )
@@ -37,6 +39,21 @@ _ACTIVATION_NAMES = {
     **{name: (name, 0.0, 0.0) for name in ("relu", "sigmoid", "silu", "hardsigmoid", "hardswish", "tanh")},
     "relu6": ("clamp", 0.0, 6.0),
 }
+_ARGUMENTS = {  # of functions and methods, in order
+    "cat": ("tensors", "dim"),
+    "flatten": ("input", "start_dim", "end_dim"),
+    "mean": ("input", "dim", "keepdim"),
+    "relu": ("input", "inplace"),
+    "relu6": ("input", "inplace"),
+    "dropout": ("input", "p", "training", "inplace"),
+    "dropout2d": ("input", "p", "training", "inplace"),
+    "stochastic_depth": ("input", "p", "mode", "training"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    "adaptive_avg_pool2d": ("input", "output_size"),
+}
+_DROPPED_PATHS = ("StochasticDepth", "DropPath")  # of libraries that are not imported here
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -53,7 +70,7 @@ def operation_of(root: nn.Module, node: fx.Node) -> Operation | None:
     if node.op == "call_module":
         found = _layer(root.get_submodule(str(node.target)), node)
     elif node.op in ("call_function", "call_method"):
-        found = _function(node, name_of(node), _arguments(node))
+        found = _function(root, node, name_of(node))
     else:
         return None
     return found if found and _fits(found, node) else None
@@ -84,7 +101,7 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
     inputs, kind = tuple(x), type(layer)
     if kind in _ACTIVATION_LAYERS:
         return Operation("activation", inputs, activation=_ACTIVATION_LAYERS[kind](layer))
-    if kind in _IDENTITIES:
+    if kind in _IDENTITIES or (kind.__name__ in _DROPPED_PATHS and node.meta.get("returns_input")):
         return Operation("identity", inputs)
     if kind in (nn.Conv1d, nn.Conv2d) and layer.padding_mode == "zeros" and (padding := padding_of(layer)) is not None:
         options = {"stride": list(layer.stride), "padding": padding, "dilation": list(layer.dilation), "groups": layer.groups}
@@ -92,7 +109,7 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
     if kind is nn.Linear:
         return Operation("linear", inputs, layer.weight, layer.bias, last=True)
     if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
-        return scaled(layer, inputs)
+        return normalized(layer, inputs)
     if (
         isinstance(layer, nn.LayerNorm)
         and kind is nn.LayerNorm
@@ -106,19 +123,24 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
         return average(inputs, vars(layer))
     if kind is nn.AdaptiveAvgPool2d:
         return adaptive(inputs, layer.output_size)
+    if kind.__name__ == "Permute" and isinstance(dims := getattr(layer, "dims", None), list):
+        return permuted(inputs, tuple(dims))
     if kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
         return Operation("flatten", inputs, last=False)
     return None
 
 
-def _function(node: fx.Node, name: str, given: dict[str, Any]) -> Operation | None:
+def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
+    given = _arguments(node, name)
     x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if name == "cat" and given.get("dim") == 1 and all(isinstance(n, fx.Node) for n in given["tensors"]):
+    if name == "cat" and given.get("dim") == 1 and isinstance(given["tensors"], (tuple, list)):
         return Operation("channels", tuple(given["tensors"]), last=False)
+    if name == "mul" and len(node.args) == 2 and any(n.op == "get_attr" for n in node.all_input_nodes):
+        return _scale(root, node)
     if x is None or x.op == "get_attr":
         return None
     inputs, name = (x,), {"iadd": "add", "imul": "mul", "add_": "add", "mul_": "mul", "relu_": "relu"}.get(name, name)
-    plain = not {k: v for k, v in given.items() if k not in ("inplace", "input") and v}
+    plain = not given.keys() - {"inplace"}
     if name in _ACTIVATION_NAMES and plain:
         return Operation("activation", inputs, activation=_ACTIVATION_NAMES[name])
     if name == "gelu":
@@ -129,14 +151,19 @@ def _function(node: fx.Node, name: str, given: dict[str, Any]) -> Operation | No
         return Operation("identity", inputs)
     if name in ("add", "mul") and len(node.args) == 2 and not node.kwargs:
         return binary("add" if name == "add" else "multiply", node)
-    if name == "flatten" and list(node.args[1:]) in ([1], [1, -1]) and not node.kwargs:
+    if name == "flatten" and given.get("start_dim") == 1 and given.get("end_dim", -1) == -1:
         return Operation("flatten", inputs, last=False)
     if name == "mean" and dims_of(given.get("dim")) in ((2, 3), (-2, -1), (-1, -2)):
         return Operation("mean", inputs, options={"keepdim": bool(given.get("keepdim", False))}, last=False)
     if name == "permute":
-        dims = dims_of(node.args[1] if len(node.args) == 2 else node.args[1:])
-        known: dict[tuple[int, ...], bool] = {(0, 2, 3, 1): False, (0, 3, 1, 2): True}
-        return Operation("permute", inputs, options={"dims": list(dims)}, last=known[dims]) if dims in known else None
+        return permuted(inputs, dims_of(node.args[1] if len(node.args) == 2 else node.args[1:]))
+    if name == "layer_norm" and len(given["normalized_shape"]) == 1:
+        weight, bias = (_value(root, given.get(key)) for key in ("weight", "bias"))
+        return (
+            None
+            if weight is None
+            else Operation("layer_norm", inputs, weight, bias, options={"eps": given.get("eps", 1e-5)}, last=True)
+        )
     if name == "max_pool2d" and not given.get("return_indices"):
         return max_pool(inputs, given)
     if name == "avg_pool2d":
@@ -144,19 +171,23 @@ def _function(node: fx.Node, name: str, given: dict[str, Any]) -> Operation | No
     return adaptive(inputs, given["output_size"]) if name == "adaptive_avg_pool2d" else None
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a function by name, where torch knows its signature; of a method, those given by name."""
-    if node.op == "call_function" and node.target not in (operator.add, operator.mul, operator.iadd, operator.imul):
-        schema = {torch.cat: ("tensors", "dim"), torch.flatten: ("input", "start_dim", "end_dim")}.get(node.target)  # pyright: ignore
-        if schema:
-            return {
-                **({"dim": 0} if node.target is torch.cat else {}),
-                **dict(zip(schema, node.args, strict=False)),
-                **node.kwargs,
-            }
-        normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
-        if normalized:
-            return dict(normalized.kwargs)
-    if name_of(node) == "mean":
-        return {**dict(zip(("dim", "keepdim"), node.args[1:], strict=False)), **node.kwargs}
-    return dict(node.kwargs)
+def _value(root: nn.Module, node: Any) -> Any:
+    """Return the tensor that a node of a graph reads from the module."""
+    return operator.attrgetter(str(node.target))(root) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _scale(root: nn.Module, node: fx.Node) -> Operation | None:
+    """A parameter (channels, 1, 1) times an image."""
+    inputs = tuple(n for n in node.all_input_nodes if n.op != "get_attr")
+    factor = next(_value(root, n) for n in node.all_input_nodes if n.op == "get_attr")
+    shape = (shape_of(inputs[0]) or ()) if len(inputs) == 1 else ()
+    if len(shape) != 4 or tuple(factor.shape) not in ((shape[1], 1, 1), (1, shape[1], 1, 1)):
+        return None
+    return scaled(inputs, factor.detach().reshape(-1), None)
+
+
+def _arguments(node: fx.Node, name: str) -> dict[str, Any]:
+    """Return the arguments of a function or method by name, besides what it is applied to."""
+    names = _ARGUMENTS.get(name, ("input",))
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {key: value for key, value in given.items() if key != "input"}

@@ -45,8 +45,8 @@ def prepared(inputs: Sequence[Tensor], values: Tensor, bits: Tensor, program: st
             found = _PLANS.setdefault(values, {})
             if key not in found:
                 made = _make(inputs, values, bits, program)
-                for old in [k for k in found if k[:3] != key[:3]] + list(found)[: len(found) + 1 - _KEPT]:
-                    found.pop(old, None)
+                for old in [k for k in found if k[:3] != key[:3]] + list(found)[: max(0, len(found) + 1 - _KEPT)]:
+                    found.pop(old, None)  # of numbers that have changed since, or of the shape that came first
                 found[key] = made
     return found[key]
 

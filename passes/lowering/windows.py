@@ -20,6 +20,7 @@ class Window:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    ceil: bool = False
 
     @property
     def direct(self) -> bool:
@@ -28,14 +29,14 @@ class Window:
 
     def out(self, rows: int, columns: int) -> tuple[int, int]:
         """Return the rows and columns that come out."""
-        found = [left // s + 1 for left, s in zip(self._left(rows, columns), self.stride, strict=True)]
+        found = []
+        for size, left, s, p in zip((rows, columns), self._left(rows, columns), self.stride, self.padding, strict=True):
+            count = left // s + 1
+            # One more that reaches over the end, if it begins before the end.
+            found.append(count + 1 if self.ceil and left % s and count * s < size + p else count)
         if min(found) < 1:
             raise Unsupported("the input is smaller than a window")
         return found[0], found[1]
-
-    def leaves_some(self, rows: int, columns: int) -> bool:
-        """Whether pixels at the end are in no window."""
-        return any(left % s for left, s in zip(self._left(rows, columns), self.stride, strict=True))
 
     def _left(self, rows: int, columns: int) -> list[int]:
         around = zip((rows, columns), self.kernel, self.padding, self.dilation, strict=True)
@@ -75,9 +76,13 @@ def window_of(op: Op) -> Window | None:
     if op.kind == "conv":
         assert op.weight
         around = ((op.weight.shape[2:], 1), (options["stride"], 1), (options["padding"], 0), (options["dilation"], 1))
-        return Window(*(_two(values, one) for values, one in around))
+        kernel, stride, padding, dilation = (_two(values, one) for values, one in around)
+        return Window(kernel, stride, padding, dilation)
     if op.kind == "max_pool":
-        return Window(*(tuple(options[k]) for k in ("kernel_size", "stride", "padding", "dilation")))
+        kernel, stride, padding, dilation = (
+            _two(options[name], 1) for name in ("kernel_size", "stride", "padding", "dilation")
+        )
+        return Window(kernel, stride, padding, dilation, options["ceil_mode"])
     return None
 
 

@@ -159,7 +159,8 @@ inline void write_planes(const Step &step, const float *arena, float *to, int64_
 // The largest of the pixels in a window, plane by plane: first of rows, then of columns.
 inline void pool_planes(const Step &step, float *arena, int64_t begin, int64_t end) {
   const int32_t *w = step.window;  // of rows and columns: kernel, stride, padding, dilation
-  const int64_t width = step.source_columns + 2 * w[6] + kLanes;
+  const int64_t reach = (step.columns - 1) * w[5] + (w[4] - 1) * w[7] + 1;
+  const int64_t width = std::max(step.source_columns + w[6], reach) + 2 * kLanes;
   std::vector<float> most(width), columns(width + step.columns);
   for (int64_t c = begin; c < end; ++c) {
     float *plane = arena + step.target[c];

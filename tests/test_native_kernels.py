@@ -1,0 +1,362 @@
+"""Lowered models on the native kernels: equal to torch on every kind of layer, shape and input."""
+
+import copy
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from passes.kernels.compiler import native
+from passes.lowering.interpret import interpret
+from passes.lowering.plan import Plan
+from passes.lowering.program import Program
+from passes.lowering.run import prepared
+from passes.lowering.segment import Segment
+from sparsify import lower
+
+pytestmark = pytest.mark.skipif(native() is None, reason="there is no C++ compiler here")
+
+
+def thin(model: nn.Module, density: float = 0.3, seed: int = 0) -> nn.Module:
+    """Zero a share of every weight, whole outputs and inputs among them, and fill in what begins at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) < density)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def plans(lowered: nn.Module, *inputs: Tensor) -> list[Plan | str]:
+    """The plan of every segment of a model on some inputs."""
+    found: list[Plan | str] = []
+    segments = [m for m in lowered.modules() if isinstance(m, Segment)]
+    handles = [
+        s.register_forward_pre_hook(lambda s, given: found.append(prepared(given, s.values, s.bits, s.program)))
+        for s in segments
+    ]
+    with torch.no_grad():
+        lowered(*inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_lowered(model: nn.Module, *inputs: Tensor, others: tuple[Tensor, ...] = (), segments: int | None = 1) -> nn.Module:
+    """Lower for the kernels, and compare on the inputs and on others, where the kernels must have run too."""
+    lowered = lower(model, inputs, backend="native")
+    for given in [inputs, *((x,) for x in others)]:
+        with torch.no_grad():
+            expected, got = model(*given), lowered(*given)
+        scale = expected[expected.isfinite()].abs().max()
+        assert torch.equal(expected.isfinite(), got.isfinite())
+        assert ((expected - got).nan_to_num(0, 0, 0).abs().max() <= 1e-5 * scale) or scale == 0
+        found = plans(lowered, *given)
+        assert all(isinstance(plan, Plan) for plan in found), found
+        assert segments is None or len(found) == segments
+    return lowered
+
+
+class Calls(nn.Module):
+    """Layers, and a function that says how they are called."""
+
+    def __init__(self, call: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._call = [call]  # not traced as an attribute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call[0](x, *self.layers)
+
+
+def conv(ins: int, outs: int, kernel: Any, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(ins, outs, kernel, **options)
+
+
+IMAGES = {
+    "1x1": lambda: nn.Sequential(conv(5, 7, 1)),
+    "3x3": lambda: nn.Sequential(conv(5, 7, 3, padding=1)),
+    "no padding": lambda: nn.Sequential(conv(5, 8, 3), nn.ReLU(), conv(8, 4, 3)),
+    "more padding than the kernel needs": lambda: nn.Sequential(conv(5, 8, 3, padding=3)),
+    "stride 2": lambda: nn.Sequential(conv(5, 8, 3, stride=2, padding=1), conv(8, 4, 1)),
+    "stride 2 of one pixel": lambda: nn.Sequential(conv(5, 8, 1, stride=2)),
+    "stem": lambda: nn.Sequential(conv(5, 8, 7, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+    "stride 4": lambda: nn.Sequential(conv(5, 8, 11, stride=4, padding=2)),
+    "strides that differ": lambda: nn.Sequential(conv(5, 8, 3, stride=(2, 3), padding=(0, 2))),
+    "dilated": lambda: nn.Sequential(conv(5, 8, 3, padding=2, dilation=2), conv(8, 8, 3, padding=6, dilation=6)),
+    "dilated and strided": lambda: nn.Sequential(conv(5, 8, 3, stride=2, padding=3, dilation=3)),
+    "rows and columns": lambda: nn.Sequential(conv(5, 8, (1, 7), padding=(0, 3)), conv(8, 4, (7, 1), padding=(3, 0))),
+    "same": lambda: nn.Sequential(conv(5, 8, 5, padding="same"), nn.ReLU6(), conv(8, 8, 3, padding="same", dilation=2)),
+    "grouped": lambda: nn.Sequential(conv(5, 12, 1), conv(12, 8, 3, padding=1, groups=4)),
+    "depthwise": lambda: nn.Sequential(conv(5, 6, 1), conv(6, 6, 5, padding=2, groups=6), conv(6, 12, 3, stride=2, groups=6)),
+    "batch norm before": lambda: nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), conv(5, 8, 3, padding=1)),
+    "batch norm after": lambda: nn.Sequential(conv(5, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()),
+    "activations": lambda: nn.Sequential(
+        *(m for f in (nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Hardtanh(-0.1, 0.2), nn.GELU("tanh"))
+          for m in (conv(5, 5, 1), f))
+    ),
+    "average": lambda: nn.Sequential(nn.AvgPool2d(2), conv(5, 8, 3, padding=1), nn.AvgPool2d(3, 1, 1)),
+    "ceil": lambda: nn.Sequential(conv(5, 8, 1), nn.MaxPool2d(3, 2, ceil_mode=True), conv(8, 8, 1), nn.MaxPool2d(2, 2, 1, ceil_mode=True)),
+    "pool alone": lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(5, 8, 1), nn.MaxPool2d((2, 3), (3, 1), (1, 0), dilation=(2, 1))),
+    "classifier": lambda: nn.Sequential(conv(5, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)),
+    "flattened": lambda: nn.Sequential(conv(5, 4, 3, padding=1), nn.AdaptiveAvgPool2d((9, 11)), nn.Flatten(), nn.Linear(4 * 99, 6)),
+    "one pixel": lambda: nn.Sequential(conv(5, 6, (9, 11)), nn.ReLU(), conv(6, 7, 3, padding=1)),
+    "a residual": lambda: Calls(lambda x, a, b: (b(a(x).relu()) + x).relu(), conv(5, 8, 3, padding=1), conv(8, 5, 1)),
+    "twice the same": lambda: Calls(lambda x, a, b: b(x := a(x)) * x + x, conv(5, 8, 1), conv(8, 8, 3, padding=1)),
+    "a residual through a layer": lambda: Calls(
+        lambda x, a, b, c: (a(x) + b(x)).relu() + c(x), *(conv(5, 8, 1, stride=2) for _ in range(3))
+    ),
+    "joined": lambda: Calls(
+        lambda x, a, b, c: c(torch.cat([a(x), x, b(a(x))], 1)), conv(5, 4, 3, padding=1), conv(4, 3, 1), conv(12, 6, 3, padding=1)
+    ),
+    "dense joins": lambda: Calls(
+        lambda x, a, b, c: c(torch.cat([x, y := a(x), b(torch.cat([x, y], 1))], 1).relu()),
+        conv(5, 4, 1), conv(9, 3, 3, padding=1), conv(12, 6, 1),
+    ),
+    "a gate": lambda: Calls(
+        lambda x, a, b, c: c(a(x) * torch.sigmoid(b(F.adaptive_avg_pool2d(a(x), 1)))), conv(5, 8, 3, padding=1), conv(8, 8, 1), conv(8, 4, 1)
+    ),
+    "mean": lambda: Calls(lambda x, a, b: b(a(x).mean([2, 3])), conv(5, 8, 3), nn.Linear(8, 4)),
+    "two results": lambda: Calls(lambda x, a, b: torch.stack([y := a(x), b(y)]).sum(0), conv(5, 8, 1), conv(8, 8, 1)),
+    "channels last inside": lambda: Calls(
+        lambda x, a, n, b, c: a(x) + c(b(n(a(x).permute(0, 2, 3, 1))).relu()).permute(0, 3, 1, 2),
+        conv(5, 8, 7, padding=3), nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8),
+    ),
+    "in place": lambda: nn.Sequential(conv(5, 8, 1), nn.ReLU(inplace=True), conv(8, 8, 1), nn.SiLU(inplace=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.7, 1.0])
+def test_images(name: str, density: float) -> None:
+    torch.manual_seed(0)
+    model = thin(IMAGES[name](), density)
+    others = tuple(torch.randn(n, 5, 9, 11) for n in (1, 3))
+    others += (torch.randn(2, 5, 11, 9).transpose(2, 3), torch.randn(2, 5, 9, 11).to(memory_format=torch.channels_last))
+    others += (torch.randn(2, 10, 9, 22)[:, ::2, :, ::2],)
+    assert_lowered(model, torch.randn(2, 5, 9, 11), others=others, segments=None)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 17), (16, 16), (40, 33)])
+def test_other_sizes_than_lowered_for(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layers = (conv(3, 8, 7, stride=2, padding=3), nn.ReLU(), conv(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert_lowered(thin(nn.Sequential(*layers, nn.Linear(8, 3))), torch.randn(1, 3, 20, 20), others=(torch.randn(2, 3, *size),))
+
+
+def test_sizes_that_the_kernels_do_not_take_run_in_torch() -> None:
+    torch.manual_seed(0)
+    model = thin(nn.Sequential(conv(3, 8, 1), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(8 * 49, 3)))
+    lowered = assert_lowered(model, torch.randn(2, 3, 7, 7))
+    x = torch.randn(2, 3, 12, 12)
+    assert plans(lowered, x) == ["an adaptive pooling has windows of several sizes"]
+    with torch.no_grad():
+        assert torch.allclose(model(x), lowered(x), atol=1e-5)
+
+
+SEQUENCES = {
+    "linear": lambda: nn.Sequential(nn.Linear(12, 20)),
+    "feed forward": lambda: nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 48), nn.GELU(), nn.Dropout(), nn.Linear(48, 12)),
+    "a residual": lambda: Calls(lambda x, n, a: a(n(x)) + x, nn.LayerNorm(12), nn.Linear(12, 12)),
+    "three readers": lambda: Calls(lambda x, a, b, c: a(x) * b(x) + c(x), *(nn.Linear(12, 12) for _ in range(3))),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_sequences(name: str, density: float) -> None:
+    torch.manual_seed(0)
+    others = tuple(torch.randn(shape) for shape in [(1, 37, 12), (3, 5, 12), (4, 1, 12), (1, 1, 12), (2, 130, 12)])
+    assert_lowered(thin(SEQUENCES[name](), density), torch.randn(2, 40, 12), others=others, segments=None)
+    rows = tuple(torch.randn(n, 12) for n in (1, 2, 9, 64))
+    assert_lowered(thin(SEQUENCES[name](), density), torch.randn(7, 12), others=rows, segments=None)
+
+
+def test_signals_of_one_dimension() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv1d(5, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 5, stride=2, padding=2, dilation=2))
+    assert_lowered(thin(nn.Sequential(*layers)), torch.randn(2, 5, 33), others=(torch.randn(1, 5, 64),))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(value: float) -> None:
+    torch.manual_seed(0)
+    layers = (conv(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), conv(8, 4, 3, padding=1, groups=4))
+    x = torch.randn(2, 3, 12, 12)
+    x[0, 0, 5, 5] = value
+    model = thin(nn.Sequential(*layers), 1.0)
+    lowered = lower(model, x, backend="native")
+    with torch.no_grad():
+        expected, got = model(x), lowered(x)
+    assert torch.equal(expected.isfinite(), got.isfinite())
+    assert torch.equal(expected.isnan(), got.isnan())
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_convolution(data: st.DataObject) -> None:
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    groups = data.draw(st.sampled_from([1, 1, 2, 3]))
+    kernel, dilation = (draw(1, 5), draw(1, 5)), (draw(1, 3), draw(1, 3))
+    size = tuple(draw(1, 40) + d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+    options = {"stride": (draw(1, 3), draw(1, 3)), "padding": (draw(0, 4), draw(0, 4)), "dilation": dilation, "groups": groups}
+    model = nn.Sequential(nn.Conv2d(groups * draw(1, 20), groups * draw(1, 20), kernel, bias=draw(0, 1) == 1, **options))
+    torch.manual_seed(draw(0, 99))
+    assert_lowered(thin(model, data.draw(st.floats(0, 1))), torch.randn(draw(1, 3), model[0].in_channels, *size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 70), st.floats(0, 1))
+def test_any_linear_layer(ins: int, outs: int, batch: int, tokens: int, density: float) -> None:
+    assert_lowered(thin(nn.Sequential(nn.Linear(ins, outs)), density), torch.randn(batch, tokens, ins))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (conv(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16, 3, padding=1), nn.GELU())
+    return thin(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)))
+
+
+X = torch.randn(5, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+
+
+def test_wide_layers_are_cut_into_blocks_and_chunks() -> None:
+    torch.manual_seed(0)
+    model = thin(nn.Sequential(conv(300, 260, 3, padding=1), nn.ReLU(), conv(260, 301, 1)), 0.1)
+    assert_lowered(model, torch.randn(1, 300, 30, 30), others=(torch.randn(3, 300, 7, 7),))
+
+
+def test_many_shapes_do_not_keep_many_plans() -> None:
+    lowered = lower(small(), X, backend="native")
+    from passes.lowering.run import _PLANS
+
+    segment = next(m for m in lowered.modules() if isinstance(m, Segment))
+    with torch.no_grad():
+        for side in range(10, 20):
+            lowered(torch.randn(1, 3, side, side))
+    assert len(_PLANS[segment.values]) == 4
+
+
+def test_changed_weights_are_seen() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    segment = next(m for m in lowered.modules() if isinstance(m, Segment))
+    with torch.no_grad():
+        lowered(X)
+        segment.values.mul_(0)
+        assert lowered(X).abs().max() == 0
+        lowered.load_state_dict(lower(small(), X, backend="native").state_dict())
+        assert torch.allclose(lowered(X), model(X), atol=1e-5)
+
+
+def test_threads_run_one_model_at_once() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    inputs = [torch.randn(1 + i % 3, 3, 20 + i % 2, 20) for i in range(24)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                wrong.extend(i for i in range(first, 24, 4) if not torch.allclose(lowered(inputs[i]), expected[i], atol=1e-5))
+
+    trained = nn.Sequential(conv(3, 8, 3), nn.Flatten(), nn.Linear(8 * 324, 2))
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):  # beside training
+        trained(X).square().mean().backward()
+        optimizer.step()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_other_numbers_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_lowered(small(), X, others=(X[:1], X[:4]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_copies_files_and_pickles() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    file = io.BytesIO()
+    torch.save(lowered, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(lowered), torch.load(file, weights_only=False)):
+            assert torch.allclose(other(X), model(X), atol=1e-5)
+
+
+def test_other_formats_run_in_torch() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    with torch.no_grad():
+        assert torch.allclose(lowered.double()(X.double()), model.double()(X.double()), atol=1e-6)
+        assert lowered.bfloat16()(X.bfloat16()).dtype is torch.bfloat16
+
+
+def test_gradients_of_inputs() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    ours, theirs = X.clone().requires_grad_(), X.clone().requires_grad_()
+    lowered(ours).square().sum().backward()
+    model(theirs).square().sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+
+def test_compile_and_export() -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.allclose(torch.compile(lowered, fullgraph=True)(X), expected, atol=1e-5)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        exported = torch.export.export(lowered, (X,), dynamic_shapes=({0: batch},))
+        assert "sparsify.run" in str(exported.graph)
+        file = io.BytesIO()
+        torch.export.save(exported, file)
+        file.seek(0)
+        assert torch.allclose(torch.export.load(file).module()(X[:3]), expected[:3], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own check
+def test_operator_obeys_the_rules_of_operators() -> None:
+    segment = next(m for m in lower(small(), X, backend="native").modules() if isinstance(m, Segment))
+    x = X.clone().requires_grad_()
+    torch.library.opcheck(torch.ops.sparsify.run.default, ([x], segment.values, segment.bits, segment.program))
+
+
+def test_programs_are_text_and_run_in_torch() -> None:
+    model = small()
+    segment = next(m for m in lower(model, X, backend="native").modules() if isinstance(m, Segment))
+    program = Program.from_json(segment.program)
+    assert program.to_json() == segment.program
+    assert [op.kind for op in program.ops] == ["conv", "conv", "mean", "flatten", "linear"]
+    assert [op.activation[0] for op in program.ops] == ["relu", "gelu", "none", "none", "none"]
+    with torch.no_grad():
+        assert torch.allclose(interpret(program, [X], segment.values, segment.bits)[0], model(X), atol=1e-5)
+
+
+def test_lowered_weights_take_less_than_half() -> None:
+    torch.manual_seed(0)
+    model = thin(nn.Sequential(conv(64, 256, 3), nn.ReLU(), conv(256, 64, 3)), 0.1)
+    dense = sum(p.nbytes for p in model.parameters())
+    lowered = lower(model, torch.randn(1, 64, 16, 16), backend="native")
+    kept = sum(b.nbytes for b in lowered.buffers()) + sum(p.nbytes for p in lowered.parameters())
+    (plan,) = plans(lowered, torch.randn(1, 64, 16, 16))
+    assert isinstance(plan, Plan)
+    assert kept < 0.15 * dense
+    assert kept + plan.native.nbytes < 0.5 * dense
