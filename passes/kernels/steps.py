@@ -2,6 +2,7 @@
 
 import ctypes
 import enum
+import mmap
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -62,15 +63,15 @@ class NativePlan:
             steps: the fields of each; tables are numpy arrays of int32 or float32. Fields that are left out are 0.
             floats: how many numbers the activations of one image take.
         """
-        self._tables = [value for step in steps for value in step.values() if isinstance(value, np.ndarray)]
-        self.nbytes = sum(table.nbytes for table in {id(table): table for table in self._tables}.values())
-        assert all(table.flags.c_contiguous and table.dtype in (np.int32, np.float32) for table in self._tables)
+        split = _split(steps)
+        self._tables, steps = _packed(steps)
+        self.nbytes = len(self._tables)
         records = (Step * len(steps))()
         for record, step in zip(records, steps, strict=True):
             for name, value in step.items():
-                setattr(record, name, value.ctypes.data if isinstance(value, np.ndarray) else value)
+                setattr(record, name, value)
         self._library, self.count = library, len(steps)
-        self._handle = ctypes.c_void_p(library.sparsify_plan(records, len(steps), floats))
+        self._handle = ctypes.c_void_p(library.sparsify_plan(records, len(steps), floats, split))
         weakref.finalize(self, library.sparsify_forget, self._handle)
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], images: int) -> None:
@@ -88,3 +89,30 @@ class NativePlan:
         targets = (ctypes.c_void_p * len(outputs))(*(x.data_ptr() for x in outputs))
         if self._library.sparsify_run(self._handle, sources, targets, images, threads(), seconds):
             raise MemoryError(f"There is not enough memory for the activations of an image in {threads()} threads.")
+
+
+def _split(steps: Sequence[dict[str, Any]]) -> int:
+    """Return from which step on weights take more memory than the activations that are written."""
+    excess = [_bytes(step.get("values")) - 4 * step["channels"] * step["rows"] * step["columns"] for step in steps]
+    after = np.cumsum([0, *excess[::-1]])[::-1]
+    return int(after.argmax())
+
+
+def _bytes(values: np.ndarray | None) -> int:
+    return 0 if values is None else values.nbytes + 4 * len(values)
+
+
+def _packed(steps: Sequence[dict[str, Any]]) -> tuple[mmap.mmap, list[dict[str, Any]]]:
+    """Copy all tables behind each other, on large pages where the system has them; tables become where they are."""
+    tables = {id(value): value for step in steps for value in step.values() if isinstance(value, np.ndarray)}
+    assert all(table.flags.c_contiguous and table.dtype in (np.int32, np.float32) for table in tables.values())
+    starts = np.cumsum([0, *(-(-table.nbytes // 64) * 64 for table in tables.values())])
+    memory = mmap.mmap(-1, max(1, int(starts[-1])))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    address = {}
+    for (key, table), start in zip(tables.items(), starts, strict=False):
+        whole[start : start + table.nbytes] = table.reshape(-1).view(np.uint8)
+        address[key] = whole.ctypes.data + int(start)
+    return memory, [{k: address[id(v)] if isinstance(v, np.ndarray) else v for k, v in step.items()} for step in steps]

@@ -69,22 +69,24 @@ def choose(
         groups: convolution groups.
         single: whether planes are one pixel.
     """
-    parts = 4 * threads() if threads() > 1 else 1
+    parts = 8 * threads() if threads() > 1 else 1
     if single:
         return Work(1, 1, 1 << 30, np.inf, parts, True, 2.0 * float(mask.sum()))
     total = -(-flat // machine.lanes)
     group = _group(mask, groups)
     kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
     height = shape[2] if len(shape) == 4 else 1
+    # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
+    swept = min(1.0, kept * group / mask.size * np.prod(shape[2:]))
     best, found = np.inf, (1, 1)
     for vectors in range(1, min(total, 12 if group == 1 else machine.sums, machine.sums // group) + 1):
         run, tiles = vectors * machine.lanes, -(-total // vectors)
         reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
         for blocks in _blocks(shape[1]) if groups == 1 else (1,):
             near = min(1.0, 0.9 * machine.cache * blocks / (reach * shape[1] / groups))
-            per_vector = group * 0.55 + 0.3 * (1 - near)
+            per_vector = group * 0.55 + (0.2 + 0.9 * swept) * (1 - near)
             cells = blocks * shape[0] / group
-            cost = tiles * (cells * (16 + 2 * vectors * group) + kept * (1 + vectors * per_vector))
+            cost = tiles * (cells * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
             if cost < best:
                 best, found = cost, (vectors, blocks)
     vectors, blocks = found

@@ -22,8 +22,11 @@ void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int
   if (width == 8) zero<uint64_t>(values, mask, count, threads);
 }
 
-// Make a plan of steps, whose tables must outlive it; `floats` is the size of an arena.
-void *sparsify_plan(const Step *steps, int64_t count, int64_t floats) { return new Plan(steps, count, floats); }
+// Make a plan of steps, whose tables must outlive it; `floats` is the size of an arena, `split` the first step that runs layer
+// by layer.
+void *sparsify_plan(const Step *steps, int64_t count, int64_t floats, int64_t split) {
+  return new Plan(steps, count, floats, split);
+}
 
 void sparsify_forget(void *plan) { delete static_cast<Plan *>(plan); }
 

@@ -50,38 +50,70 @@ class Plan {
   using Clock = std::chrono::steady_clock;
 
  public:
-  Plan(const Step *steps, int64_t count, int64_t floats) : steps_(steps, steps + count), floats_(floats) {}
+  Plan(const Step *steps, int64_t count, int64_t floats, int64_t split)
+      : steps_(steps, steps + count), floats_(floats), split_(split) {}
 
-  // Each thread takes whole images while there are enough for all; for the last ones all threads share the work of every step.
+  // The first steps, whose activations are larger than their weights, run depth first: each thread takes whole images while
+  // there are enough for all, so that activations stay in its cache. The others run layer by layer for a group of images, so
+  // that weights do. All threads share the work of a step there, and of the last images of the first part.
   void run(const float *const *inputs, float *const *outputs, int64_t images, int32_t threads, double *seconds) {
-    const int64_t alone = threads > 1 ? images / threads * threads : 0;
     std::vector<std::unique_ptr<Arena>> arenas;
-    for (int i = 0; i < (alone ? threads : 1); ++i) arenas.push_back(take());
-    std::atomic<int64_t> next_image{0};
-    std::vector<std::atomic<int64_t>> next_item(steps_.size() * (images - alone));
-    Barrier barrier;
-    in_team(threads, [&](int thread, int team) {
-      if (alone)
-        for (int64_t image; (image = next_image.fetch_add(1)) < alone;)
-          for (const Step &step : steps_)
-            for (int64_t item = 0; item < step.items; ++item)
-              run_item(step, arenas[thread]->data(), inputs, outputs, image, item);
-      auto *next = next_item.data();
-      for (int64_t image = alone; image < images; ++image)
-        for (const Step &step : steps_) {
-          if (team > 1) barrier.wait(team);
-          const auto begin = seconds ? Clock::now() : Clock::time_point();
-          for (int64_t item; (item = next->fetch_add(1)) < step.items;)
-            run_item(step, arenas[0]->data(), inputs, outputs, image, item);
-          if (seconds && team > 1) barrier.wait(team);
-          if (seconds && !thread) seconds[&step - steps_.data()] += std::chrono::duration<double>(Clock::now() - begin).count();
-          ++next;
-        }
-    });
+    for (int64_t i = 0; i < std::min(images, kGroup); ++i) arenas.push_back(take());
+    for (int64_t first = 0; first < images; first += kGroup) {
+      Work work{inputs, outputs, arenas, first, std::min(images - first, kGroup), seconds};
+      work.alone = work.count / threads * threads;
+      if (work.count == 1) work.alone = 0;
+      std::vector<std::atomic<int64_t>> taken(split_ * (work.count - work.alone) + static_cast<int64_t>(steps_.size()) - split_);
+      work.taken = taken.data();
+      in_team(threads, [&](int thread, int team) { run_group(work, thread, team); });
+    }
     for (auto &arena : arenas) give_back(std::move(arena));
   }
 
  private:
+  static constexpr int64_t kGroup = 8;  // images
+
+  struct Work {
+    const float *const *inputs;
+    float *const *outputs;
+    const std::vector<std::unique_ptr<Arena>> &arenas;
+    int64_t first, count;
+    double *seconds;
+    int64_t alone = 0;
+    std::atomic<int64_t> next_image{0};
+    std::atomic<int64_t> *taken = nullptr;  // pieces of each step, where threads share its work
+    Barrier barrier;
+
+    void piece(const Step &step, int64_t image, int64_t item) const {
+      run_item(step, arenas[image]->data(), inputs, outputs, first + image, item);
+    }
+  };
+
+  void run_group(Work &work, int thread, int team) const {
+    const int64_t count = static_cast<int64_t>(steps_.size());
+    for (int64_t image; (image = work.next_image.fetch_add(1)) < work.alone;)
+      for (int64_t i = 0; i < split_; ++i)
+        for (int64_t item = 0; item < steps_[i].items; ++item) work.piece(steps_[i], image, item);
+    std::atomic<int64_t> *taken = work.taken;
+    for (int64_t image = work.alone; image < work.count; ++image)
+      for (int64_t i = 0; i < split_; ++i) share(work, i, image, 1, taken++, thread, team);
+    for (int64_t i = split_; i < count; ++i) share(work, i, 0, work.count, taken++, thread, team);
+  }
+
+  // Run a step on some images with all threads: pieces of the same weights one after the other.
+  void share(Work &work, int64_t number, int64_t image, int64_t images, std::atomic<int64_t> *taken, int thread, int team) const {
+    const Step &step = steps_[number];
+    if (team > 1) work.barrier.wait(team);
+    const auto begin = work.seconds ? Clock::now() : Clock::time_point();
+    const int64_t tiles = step.kind == kConvolve ? step.items / step.chunks : 1;
+    for (int64_t next; (next = taken->fetch_add(1)) < step.items * images;) {
+      const int64_t chunk = next / (tiles * images), rest = next % (tiles * images);
+      work.piece(step, image + rest / tiles, chunk * tiles + rest % tiles);
+    }
+    if (work.seconds && team > 1) work.barrier.wait(team);
+    if (work.seconds && !thread) work.seconds[number] += std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+
   std::unique_ptr<Arena> take() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -99,7 +131,7 @@ class Plan {
   }
 
   std::vector<Step> steps_;
-  int64_t floats_;
+  int64_t floats_, split_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> free_;  // of calls that have ended, for the next
 };
