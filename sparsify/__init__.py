@@ -14,6 +14,7 @@ from sparsify.api import sparsify
 from sparsify.costs.flops import flop_report
 from sparsify.costs.ledger import CostLedger, cost_ledger
 from sparsify.costs.report import FlopReport
+from sparsify.costs.speed import SpeedReport, speed_report
 from sparsify.costs.views import draw_graph, graph_table
 from sparsify.methods import scores
 from sparsify.methods.method import Method, Updates
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "RigL",
     "SRigL",
+    "SpeedReport",
     "Static",
     "Topology",
     "Updates",
@@ -56,4 +58,5 @@ __all__ = [
     "scores",
     "small_dense",
     "sparsify",
+    "speed_report",
 ]

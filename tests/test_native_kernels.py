@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -102,14 +103,25 @@ IMAGES = {
     "batch norm before": lambda: nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), conv(5, 8, 3, padding=1)),
     "batch norm after": lambda: nn.Sequential(conv(5, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()),
     "activations": lambda: nn.Sequential(
-        *(m for f in (nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Hardtanh(-0.1, 0.2), nn.GELU("tanh"))
-          for m in (conv(5, 5, 1), f))
+        *(
+            m
+            for f in (nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Hardtanh(-0.1, 0.2), nn.GELU("tanh"))
+            for m in (conv(5, 5, 1), f)
+        )
     ),
     "average": lambda: nn.Sequential(nn.AvgPool2d(2), conv(5, 8, 3, padding=1), nn.AvgPool2d(3, 1, 1)),
-    "ceil": lambda: nn.Sequential(conv(5, 8, 1), nn.MaxPool2d(3, 2, ceil_mode=True), conv(8, 8, 1), nn.MaxPool2d(2, 2, 1, ceil_mode=True)),
-    "pool alone": lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(5, 8, 1), nn.MaxPool2d((2, 3), (3, 1), (1, 0), dilation=(2, 1))),
-    "classifier": lambda: nn.Sequential(conv(5, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)),
-    "flattened": lambda: nn.Sequential(conv(5, 4, 3, padding=1), nn.AdaptiveAvgPool2d((9, 11)), nn.Flatten(), nn.Linear(4 * 99, 6)),
+    "ceil": lambda: nn.Sequential(
+        conv(5, 8, 1), nn.MaxPool2d(3, 2, ceil_mode=True), conv(8, 8, 1), nn.MaxPool2d(2, 2, 1, ceil_mode=True)
+    ),
+    "pool alone": lambda: nn.Sequential(
+        nn.MaxPool2d(3, 1, 1), conv(5, 8, 1), nn.MaxPool2d((2, 3), (3, 1), (1, 0), dilation=(2, 1))
+    ),
+    "classifier": lambda: nn.Sequential(
+        conv(5, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+    ),
+    "flattened": lambda: nn.Sequential(
+        conv(5, 4, 3, padding=1), nn.AdaptiveAvgPool2d((9, 11)), nn.Flatten(), nn.Linear(4 * 99, 6)
+    ),
     "one pixel": lambda: nn.Sequential(conv(5, 6, (9, 11)), nn.ReLU(), conv(6, 7, 3, padding=1)),
     "a residual": lambda: Calls(lambda x, a, b: (b(a(x).relu()) + x).relu(), conv(5, 8, 3, padding=1), conv(8, 5, 1)),
     "twice the same": lambda: Calls(lambda x, a, b: b(x := a(x)) * x + x, conv(5, 8, 1), conv(8, 8, 3, padding=1)),
@@ -117,23 +129,34 @@ IMAGES = {
         lambda x, a, b, c: (a(x) + b(x)).relu() + c(x), *(conv(5, 8, 1, stride=2) for _ in range(3))
     ),
     "joined": lambda: Calls(
-        lambda x, a, b, c: c(torch.cat([a(x), x, b(a(x))], 1)), conv(5, 4, 3, padding=1), conv(4, 3, 1), conv(12, 6, 3, padding=1)
+        lambda x, a, b, c: c(torch.cat([a(x), x, b(a(x))], 1)),
+        conv(5, 4, 3, padding=1),
+        conv(4, 3, 1),
+        conv(12, 6, 3, padding=1),
     ),
     "dense joins": lambda: Calls(
         lambda x, a, b, c: c(torch.cat([x, y := a(x), b(torch.cat([x, y], 1))], 1).relu()),
-        conv(5, 4, 1), conv(9, 3, 3, padding=1), conv(12, 6, 1),
+        conv(5, 4, 1),
+        conv(9, 3, 3, padding=1),
+        conv(12, 6, 1),
     ),
     "a gate": lambda: Calls(
-        lambda x, a, b, c: c(a(x) * torch.sigmoid(b(F.adaptive_avg_pool2d(a(x), 1)))), conv(5, 8, 3, padding=1), conv(8, 8, 1), conv(8, 4, 1)
+        lambda x, a, b, c: c(a(x) * torch.sigmoid(b(F.adaptive_avg_pool2d(a(x), 1)))),
+        conv(5, 8, 3, padding=1),
+        conv(8, 8, 1),
+        conv(8, 4, 1),
     ),
     "mean": lambda: Calls(lambda x, a, b: b(a(x).mean([2, 3])), conv(5, 8, 3), nn.Linear(8, 4)),
     "two results": lambda: Calls(lambda x, a, b: torch.stack([y := a(x), b(y)]).sum(0), conv(5, 8, 1), conv(8, 8, 1)),
     "channels last inside": lambda: Calls(
         lambda x, a, n, b, c: a(x) + c(b(n(a(x).permute(0, 2, 3, 1))).relu()).permute(0, 3, 1, 2),
-        conv(5, 8, 7, padding=3), nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8),
+        conv(5, 8, 7, padding=3),
+        nn.LayerNorm(8),
+        nn.Linear(8, 16),
+        nn.Linear(16, 8),
     ),
     "in place": lambda: nn.Sequential(conv(5, 8, 1), nn.ReLU(inplace=True), conv(8, 8, 1), nn.SiLU(inplace=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -203,7 +226,7 @@ def test_values_that_are_not_finite(value: float) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(data=st.data())
+@drawn(data=st.data())
 def test_any_convolution(data: st.DataObject) -> None:
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     groups = data.draw(st.sampled_from([1, 1, 2, 3]))
@@ -216,7 +239,7 @@ def test_any_convolution(data: st.DataObject) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 70), st.floats(0, 1))
+@drawn(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 70), st.floats(0, 1))
 def test_any_linear_layer(ins: int, outs: int, batch: int, tokens: int, density: float) -> None:
     assert_lowered(thin(nn.Sequential(nn.Linear(ins, outs)), density), torch.randn(batch, tokens, ins))
 

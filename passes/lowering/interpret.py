@@ -32,8 +32,23 @@ def interpret(program: Program, inputs: Sequence[Tensor], values: Tensor, bits: 
     """
     found = list(inputs)
     for op in program.ops:
-        found.append(_activated(_run(op, [found[i] for i in op.inputs], values, bits), op.activation))
+        found.append(run_op(op, found, dense(op.weight, values, bits) if op.weight else None, values))
     return [found[i] for i in program.outputs]
+
+
+def run_op(op: Op, found: Sequence[Tensor], weight: Tensor | None, values: Tensor) -> Tensor:
+    """Run one operation.
+
+    Args:
+        op: of a program.
+        found: the values of the program so far.
+        weight: of the operation, with its zeros.
+        values: the numbers of the program.
+    """
+    bias = None if op.weight is None or op.bias is None else values[op.bias : op.bias + op.weight.shape[0]]
+    inputs = [found[i] for i in op.inputs]
+    weight, bias = (None if t is None else t.to(inputs[0].dtype) for t in (weight, bias))
+    return _activated(_run(op, inputs, weight, bias), op.activation)
 
 
 def dense(weight: Weight, values: Tensor, bits: Tensor) -> Tensor:
@@ -48,12 +63,8 @@ def dense(weight: Weight, values: Tensor, bits: Tensor) -> Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).masked_scatter(mask, kept).view(weight.shape)
 
 
-def _run(op: Op, inputs: list[Tensor], values: Tensor, bits: Tensor) -> Tensor:
+def _run(op: Op, inputs: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x, more, options = inputs[0], inputs[1:], op.options or {}
-    weight = bias = None
-    if op.weight:
-        weight = dense(op.weight, values, bits).to(x.dtype)
-        bias = None if op.bias is None else values[op.bias : op.bias + op.weight.shape[0]].to(x.dtype)
     match op.kind:
         case "conv":
             assert weight is not None

@@ -19,6 +19,8 @@ from passes.lowering.run import prepared
 from passes.lowering.segments import Part, cut, learn_shapes, part_of, replace_
 
 BACKENDS = ("auto", "measured", "native", "torch")
+LEFT = "_left_in_torch"
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], backend: str) -> nn.Module:
@@ -50,51 +52,76 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
     for path in [path for path in alone if path in inputs]:
         remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], inputs[path])
     check_graphs("removing dead channels", model, regions)
+    left = vars(model)[LEFT] = dict[str, str]()
     if backend == "torch":
         return model
     for path in [path for path in alone if path in inputs]:
         module = model.get_submodule(path)
-        _lower_graph_(module, regions[path].graphs[False], inputs[path], backend)
-        assert isinstance(module, Captured)
-        module.layers_changed()
+        left |= {_joined(path, name): why for name, why in _lower_graph_(module, inputs[path], backend).items()}
     check_graphs("choosing kernels", model, regions)
     for path in [path for path in capture.leaves if path in inputs]:
-        _lower_leaf_(model, path, inputs[path], backend)
+        left |= _lower_leaf_(model, path, inputs[path], backend)
     return model
 
 
-def _lower_graph_(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any], backend: str) -> None:
-    """Put segments into a graph where they are faster."""
+def left_in_torch(model: nn.Module) -> dict[str, str]:
+    """Return the layers of a lowered model that torch goes on running, by path, and why, where that was decided."""
+    layers = [path for path, module in model.named_modules() if isinstance(module, _LAYERS)]
+    return {path: vars(model).get(LEFT, {}).get(path, "the kernels were not asked to, or could not see it") for path in layers}
+
+
+def _lower_graph_(module: nn.Module, inputs: Sequence[Any], backend: str) -> dict[str, str]:
+    """Put segments into the graph of a module where they are faster; return which layers stay, and why."""
+    assert isinstance(module, Captured)
+    graph = module.graph
     learn_shapes(module, graph, inputs)
     split_attention_(module, graph)
     learn_shapes(module, graph, inputs)
-    replace_(module, graph, [part for nodes, known in cut(module, graph) for part in _parts(module, nodes, known, backend)])
+    left = {str(n.target): "the kernels do not know it" for n in graph.nodes if n.op == "call_module"}
+    parts = []
+    for nodes, known in cut(module, graph):
+        part = _part(module, nodes, known, backend)
+        if isinstance(part, str):
+            left |= {str(node.target): part for node in nodes if node.op == "call_module"}
+        else:
+            parts.append(part)
+    replace_(module, graph, parts)
+    module.layers_changed()
+    return left
 
 
-def _lower_leaf_(model: nn.Module, path: str, inputs: Sequence[Any], backend: str) -> None:
-    """Put a segment in place of a layer that Python code calls, where it is faster."""
+def _lower_leaf_(model: nn.Module, path: str, inputs: Sequence[Any], backend: str) -> dict[str, str]:
+    """Put a segment in place of a layer that Python code calls, where it is faster; return why not, if not."""
     parent, _, name = path.rpartition(".")
     holder, graph = nn.Module(), fx.Graph()
     holder.add_module("layer", model.get_submodule(path))
     graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
     if len(inputs) != 1 or type(model.get_submodule(path)) is not nn.Linear:
-        return
+        return {path: "Python code calls it"}
     learn_shapes(holder, graph, inputs)
-    for nodes, known in cut(holder, graph):
-        for part in _parts(holder, nodes, known, backend):
-            setattr(model.get_submodule(parent), name, part.segment)
+    found = [_part(holder, nodes, known, backend) for nodes, known in cut(holder, graph)]
+    if not found or isinstance(found[0], str):
+        return {path: str(found[0]) if found else "the kernels do not know it"}
+    setattr(model.get_submodule(parent), name, found[0].segment)
+    return {}
 
 
-def _parts(module: nn.Module, nodes: list[fx.Node], known: Any, backend: str) -> list[Part]:
-    """Return what of some nodes is run by the kernels: all, or none."""
+def _part(module: nn.Module, nodes: list[fx.Node], known: Any, backend: str) -> Part | str:
+    """Return nodes as a part that the kernels run, or why they do not."""
     part = part_of(nodes, known)
     inputs = [torch.zeros(node.meta["tensor_meta"].shape) for node in part.inputs]
     plan = prepared(inputs, part.segment.values, part.segment.bits, part.segment.program)
-    if isinstance(plan, str):
-        return []
+    if isinstance(plan, str) or backend == "native":
+        return plan if isinstance(plan, str) else part
+    times = (plan.cycles, plan.torch_cycles)
     if backend == "measured":
-        return [part] if _seconds(part.segment, inputs) < _torch_seconds(module, part, inputs) else []
-    return [part] if backend == "native" or plan.cycles < plan.torch_cycles else []
+        times = (_seconds(part.segment, inputs), _torch_seconds(module, part, inputs))
+    said = "measured" if backend == "measured" else "predicted"
+    return part if times[0] < times[1] else f"torch is {said} to take {times[1] / times[0]:.2f} of the time"
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _torch_seconds(module: nn.Module, part: Part, inputs: Sequence[torch.Tensor]) -> float:

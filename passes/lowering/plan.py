@@ -31,8 +31,8 @@ class Choice:
         name: of its node in the graph.
         kind: "conv" or "linear".
         density: the share of its weights that is kept.
-        kernel: "sparse": every output by itself; "pairs" or "fours": outputs that share what any of them keeps, for dense
-            layers; "dots": for a single pixel.
+        kernel: "sparse": every output by itself; "shared": four outputs multiply what any of them keeps, for layers that are
+            nearly dense; "dots": for a single pixel.
         cycles: about how many it takes on one core.
         dense_cycles: about how many torch takes for the dense layer.
     """
@@ -183,7 +183,7 @@ class _Planner:
         flat = (shape.rows - 1) * lying.pitch + shape.columns
         work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=lying.distance == 1)
         dense = torch_cycles(self._machine, mask.size * shape.pixels, groups, shape.channels * shape.pixels)
-        kernel = "dots" if work.single else {1: "sparse", 2: "pairs", 4: "fours"}[work.group]
+        kernel = "dots" if work.single else {1: "sparse", 4: "shared"}[work.group]
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
         kept = kept_weights(weight, self._values, mask, work.group)
         order = order_of(kept, shape.channels // work.group, work.channels, work.chunk_weights, work.chunks)

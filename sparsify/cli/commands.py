@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from tabulate import tabulate
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from passes.capture.verify import VerificationError
 from sparsify.api import sparsify
 from sparsify.cli.models import default_shape, load_model
-from sparsify.cli.options import VERIFIED, parser
+from sparsify.cli.options import VERIFIED, bench_parser, parser
 from sparsify.costs.flops import flop_report
 from sparsify.costs.report import FlopReport
+from sparsify.costs.speed import speed_report
 from sparsify.costs.views import draw_graph, graph_table
 from sparsify.saving.files import check_folder, replacing
 
@@ -27,12 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed with a message on stderr. Usage errors exit with 2.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        return _reported(_bench, bench_parser().parse_args(given[1:]))
     arguments = parser()
-    options = arguments.parse_args(argv)
+    options = arguments.parse_args(given)
     if options.density is None and options.flops is None and options.method != "nm":
         arguments.error("one of the arguments --density --flops is required")
+    return _reported(_run, options)
+
+
+def _reported(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     try:
-        _run(options)
+        run(options)
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"sparsify: {error}", file=sys.stderr)
         return 1
@@ -58,8 +67,29 @@ def _run(options: argparse.Namespace) -> None:
         print(compare(reports))
     if options.json:
         content = {name: report.to_dict() for name, report in reports.items()}
-        with replacing(options.json) as partial:
-            partial.write_text(json.dumps(content if len(names) > 1 else content[names[0]], indent=1))
+        with replacing(options.json) as unfinished:
+            unfinished.write_text(json.dumps(content if len(names) > 1 else content[names[0]], indent=1))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    """Measure a lowered model against the dense one."""
+    for path in (options.json, options.plot):
+        if path:
+            check_folder(path)
+    model = load_model(options.model, device="cpu").eval()
+    shape = options.input or default_shape(model)
+    sparse = sparsify(model, options.density, options.distribution, method="static", seed=options.seed).eval()
+    terminal = sys.stderr.isatty()
+    progress = partial(print, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+    report = speed_report(
+        sparse, shape, backend=options.backend, repeats=options.repeats, progress=lambda text: progress(f"{text:<30}")
+    )
+    print(report)
+    if options.plot:
+        report.plot(options.plot)
+    if options.json:
+        with replacing(options.json) as unfinished:
+            unfinished.write_text(json.dumps(report.to_dict(), indent=1))
 
 
 def _make(model: nn.Module, name: str, shape: tuple[int, ...], options: argparse.Namespace, verify: bool) -> nn.Module:

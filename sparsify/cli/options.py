@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from passes.lowering.lower import BACKENDS
 from sparsify.density.distributions import DISTRIBUTIONS
 from sparsify.methods.published import METHODS
 
@@ -15,6 +16,7 @@ _EXAMPLES = """examples:
   sparsify vit_b_16 --density 0.2 --graph                  the rewritten graph as a table
   sparsify swin_t --density 0.2 --coverage                 what became of every weight
   sparsify resnet18 --density 0.1 --graph graph.svg --plot layers.png --json report.json
+  sparsify bench resnet50 --density 0.1                    a lowered model against the dense one, on this machine
   sparsify my_package.models:make_net --input 1x3x32x32 --density 0.05 --exclude 'head.*'
 
 exit status: 0 done, 1 the model or a request does not work out (the message says why), 2 the command line is wrong"""
@@ -50,6 +52,26 @@ def parser() -> argparse.ArgumentParser:
     add("--coverage", action="store_true", help=coverage)
     add("--json", metavar="FILE", help="write the report as JSON")
     add("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
+    return result
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    """Return the parser of `sparsify bench`."""
+    result = argparse.ArgumentParser(
+        prog="sparsify bench",
+        description="Lower a sparse model for this machine and measure it against the dense one, whole and layer by layer. "
+        "The weights are random: speed depends on where zeros are, not on values.",
+    )
+    add = result.add_argument
+    add("model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)")
+    add("--density", type=float, required=True, metavar="D", help="fraction of the weights to keep, in (0, 1]")
+    add("--distribution", default="erk", help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)} (default: erk)")
+    add("--input", type=_shape, metavar="1x3x224x224", help="input shape (default: 1x3x224x224; video 1x3x16x224x224)")
+    add("--backend", default="auto", choices=BACKENDS, help="how kernels are chosen (default: auto, by a model of the machine)")
+    add("--repeats", type=int, default=15, metavar="N", help="how often each model is run (default: 15)")
+    add("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--plot", metavar="FILE", help="draw predicted and measured speed per layer into FILE (.png .svg .pdf)")
     return result
 
 
