@@ -71,34 +71,47 @@ def choose(
     """
     parts = 8 * threads() if threads() > 1 else 1
     if single:
-        return Work(1, 1, 1 << 30, np.inf, parts, True, 2.0 * float(mask.sum()))
+        return Work(1, 1, 1 << 30, np.inf, parts, True, 0.7 * float(mask.sum()))
     total = -(-flat // machine.lanes)
     group = _group(mask, groups)
     kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
     height = shape[2] if len(shape) == 4 else 1
     # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
     swept = min(1.0, kept * group / mask.size * np.prod(shape[2:]))
-    best, found = np.inf, (1, 1)
-    for vectors in range(1, min(total, 12 if group == 1 else machine.sums, machine.sums // group) + 1):
-        run, tiles = vectors * machine.lanes, -(-total // vectors)
-        reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
-        for blocks in _blocks(shape[1]) if groups == 1 else (1,):
-            near = min(1.0, 0.9 * machine.cache * blocks / (reach * shape[1] / groups))
-            per_vector = group * 0.55 + (0.2 + 0.9 * swept) * (1 - near)
-            cells = blocks * shape[0] / group
-            cost = tiles * (cells * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
-            if cost < best:
-                best, found = cost, (vectors, blocks)
-    vectors, blocks = found
-    channels = -(-shape[1] // blocks) if groups == 1 else 1 << 30
-    tiles = -(-total // vectors)
-    return Work(group, -(-total // tiles), channels, 16384, max(1, -(-parts // tiles)), False, float(best))
+    best, found = np.inf, 1
+    vectors = _tile(total, machine.sums // group)
+    run, tiles = vectors * machine.lanes, -(-total // vectors)
+    reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
+    load = 0.55 if group == 1 else 0.36 * group
+    for blocks in _blocks(shape[1]) if groups == 1 else (1,):
+        near = min(1.0, 0.9 * machine.cache * blocks / (reach * shape[1] / groups))
+        per_vector = load + (0.2 + 0.9 * swept) * (1 - near)
+        cells = blocks * shape[0] / group
+        cost = tiles * (cells * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
+        if cost < best:
+            best, found = cost, blocks
+    channels = -(-shape[1] // found) if groups == 1 else 1 << 30
+    # Weights of a chunk stay in the next cache while tiles take turns.
+    chunk = np.inf if tiles == 1 else 16384
+    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), False, float(best))
 
 
-def torch_cycles(machine: Machine, products: float, groups: int, outputs: float) -> float:
-    """Return about how many cycles torch takes on one core for a dense layer: (products) multiplications, so many outputs."""
+def _tile(total: int, most: int) -> int:
+    """Return how many vectors a tile has: as many as stay in registers, or somewhat fewer so that threads get equal shares."""
+    if total <= most:
+        return total
+
+    def share(size: int) -> float:
+        tiles = -(-total // size)
+        return -(-tiles // threads()) * (size + 1.5)
+
+    return min(range(most, most // 2, -1), key=share)
+
+
+def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outputs: float) -> float:
+    """Return about how many cycles torch takes on one core for a dense layer of so many weights, on so many pixels."""
     share = 1.0 if groups == 1 else 0.25  # of two vectors a cycle, in cycles of which a kernel's load takes half a one
-    return CALL / 2 + products / (2 * machine.lanes * share) + outputs / 4
+    return CALL / 2 + weights * max(pixels / (2 * machine.lanes * share), 0.5) + outputs / 4
 
 
 CALL = 60_000  # cycles that an operator call costs; one of torch's own costs half
@@ -110,7 +123,7 @@ def _blocks(channels: int) -> list[int]:
 
 
 def _group(mask: np.ndarray, groups: int) -> int:
-    """Return how many outputs share a pattern: four, if multiplying what any of them keeps with one load of pixels is faster."""
+    """Return how many outputs share a pattern: four, if it is faster that all of them multiply what any of them keeps."""
     outputs = mask.shape[0] // groups
     if outputs % 4:
         return 1

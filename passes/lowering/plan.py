@@ -182,7 +182,7 @@ class _Planner:
         mask, groups = mask_of(weight, self._bits), (op.options or {}).get("groups", 1)
         flat = (shape.rows - 1) * lying.pitch + shape.columns
         work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=lying.distance == 1)
-        dense = torch_cycles(self._machine, mask.size * shape.pixels, groups, shape.channels * shape.pixels)
+        dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
         kernel = "dots" if work.single else {1: "sparse", 4: "shared"}[work.group]
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
         kept = kept_weights(weight, self._values, mask, work.group)
