@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test sweep format bench gpu zoo foreign study clean
+.PHONY: install demo test sweep format bench engines gpu zoo foreign study clean
 
 install: $(STAMP)
 
@@ -33,6 +33,9 @@ format: install
 
 bench: install  ## ratios side by side; other libraries run in an environment of their own
 	$(BIN)/python benchmarks/run.py
+
+engines: install  ## lowered models against other engines, in an hour: a section of benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/engines.py --write
 
 gpu:  ## checks and measures on a GPU, with the torch that is installed: benchmarks/RESULTS-GPU.md
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py

@@ -131,7 +131,7 @@ def test_channels_that_go_and_stay(case: str) -> None:
     make, left = CASES[case]
     model = make().eval()
     before = copy.deepcopy(model.state_dict())
-    lowered = lower(model, X)
+    lowered = lower(model, X, backend="torch")
     assert_same(model, lowered, X)
     assert {name: lowered.get_parameter(f"{name}.weight").shape[0] for name in left} == left
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # a copy was lowered
@@ -153,7 +153,7 @@ def test_torchvision_models(name: str) -> None:
 
 def test_other_sizes_and_memory_formats() -> None:
     model = ablate(give_statistics(load_model("resnet18", device="cpu")), 0.5).eval()
-    lowered = lower(model, (1, 3, 64, 64))
+    lowered = lower(model, (1, 3, 64, 64), backend="torch")
     for x in (torch.randn(3, 3, 96, 80), torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)):
         assert_same(model, lowered, x)
     assert not any(isinstance(module, nn.BatchNorm2d) for _, module in called(lowered))
@@ -165,7 +165,7 @@ def called(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def test_a_masked_model_is_folded_first() -> None:
     sparse = sparsify(give_statistics(SmallNet()), 0.05, method="static", seed=1).eval()
-    lowered = lower(sparse, X)
+    lowered = lower(sparse, X, backend="torch")
     assert_same(fold(sparse), lowered, X)
     assert not any("mask" in name for name in lowered.state_dict())
 
@@ -180,7 +180,7 @@ def test_ablated_neurons_of_srigl_go() -> None:
         optimizer.step()
     alive = int(model.updater.masks["0.weight"].any(1).sum())
     assert alive < 64
-    lowered = lower(model.eval(), (1, 16))
+    lowered = lower(model.eval(), (1, 16), backend="torch")
     unread = int((~model.updater.masks["2.weight"].any(0) & model.updater.masks["0.weight"].any(1)).sum())
     assert lowered[0].out_features == alive - unread
     assert_same(fold(model), lowered, torch.randn(4, 16))
@@ -189,7 +189,7 @@ def test_ablated_neurons_of_srigl_go() -> None:
 def test_models_in_parts_are_lowered_in_parts() -> None:
     model = ablate(give_statistics(load_model("retinanet_resnet50_fpn", device="cpu")), 0.3).eval()
     images = [torch.rand(3, 64, 64)]
-    lowered = lower(model, images)
+    lowered = lower(model, images, backend="torch")
     with torch.no_grad():
         expected, got = model.backbone(torch.rand(1, 3, 64, 64)), lowered.backbone(torch.rand(1, 3, 64, 64))
     assert expected.keys() == got.keys()
@@ -305,7 +305,7 @@ class SharesLayers(nn.Module):
 
 def test_layers_that_several_graphs_call_stay() -> None:
     model = give_statistics(SharesLayers()).eval()
-    lowered = lower(model, X)
+    lowered = lower(model, X, backend="torch")
     assert list(graphs(lowered)) == ["a", "b"]
     assert_same(model, lowered, X)
 
@@ -313,7 +313,7 @@ def test_layers_that_several_graphs_call_stay() -> None:
 def test_python_code_does_not_stand_in_for_graphs_that_were_lowered() -> None:
     model = give_statistics(nn.ModuleDict({"block": nn.Sequential(conv(3, 4), nn.BatchNorm2d(4))}))
     root = ByName(model["block"]).eval()
-    lowered = lower(root, X)
+    lowered = lower(root, X, backend="torch")
     assert_same(root, lowered, X)
     with pytest.raises(ValueError, match="Its Python code cannot stand in"):
         lowered.block(None)

@@ -2,25 +2,32 @@
 
 import copy
 import io
+import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from test_lowering import give_statistics
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from passes.kernels.compiler import native
 from passes.lowering.interpret import interpret
+from passes.lowering.lower import left_in_torch
 from passes.lowering.plan import Plan
 from passes.lowering.program import Program
-from passes.lowering.run import prepared
+from passes.lowering.run import _PLANS, prepared
 from passes.lowering.segment import Segment
-from sparsify import lower
+from sparsify import cli, lower, sparsify, speed_report
+from sparsify.cli import load_model
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no C++ compiler here")
 
@@ -261,8 +268,6 @@ def test_wide_layers_are_cut_into_blocks_and_chunks() -> None:
 
 def test_many_shapes_do_not_keep_many_plans() -> None:
     lowered = lower(small(), X, backend="native")
-    from passes.lowering.run import _PLANS
-
     segment = next(m for m in lowered.modules() if isinstance(m, Segment))
     with torch.no_grad():
         for side in range(10, 20):
@@ -383,3 +388,130 @@ def test_lowered_weights_take_less_than_half() -> None:
     assert isinstance(plan, Plan)
     assert kept < 0.15 * dense
     assert kept + plan.native.nbytes < 0.5 * dense
+
+
+# Real networks
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "fcn_resnet50", "convnext_tiny"])
+def test_torchvision_models(name: str) -> None:
+    model = give_statistics(sparsify(load_model(name, device="cpu").eval(), 0.2, method="static").eval())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    lowered = lower(model, x, backend="native")
+    assert plans(lowered, x)
+    assert all(isinstance(plan, Plan) for plan in plans(lowered, x))
+    for other in (x, x[:1], torch.randn(3, 3, 96, 80)):
+        with torch.no_grad():
+            expected, got = model(other), lowered(other)
+        expected, got = (y if isinstance(y, Tensor) else y["out"] for y in (expected, got))
+        assert (expected - got).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_vision_transformer() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128)
+    nn.init.normal_(model.heads[0].weight)
+    sparse = sparsify(model.eval(), 0.2, method="static").eval()
+    x = torch.randn(2, 3, 32, 32)
+    lowered = lower(sparse, x, backend="native")
+    with torch.no_grad():
+        assert torch.allclose(lowered(x), sparse(x), atol=1e-4)
+    left = [m for m in lowered.modules() if isinstance(m, (nn.Linear, nn.MultiheadAttention))]
+    assert not left  # the layers inside attentions run on the kernels too
+
+
+def test_layers_that_python_code_calls() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
+    model = sparsify(BertModel(BertConfig(**sizes)).eval(), 0.2, method="static").eval()
+    tokens = torch.randint(0, 50, (2, 12))
+    lowered = lower(model, tokens, backend="native")
+    with torch.no_grad():
+        for given in (tokens, torch.randint(0, 50, (3, 7))):
+            assert torch.allclose(lowered(given).last_hidden_state, model(given).last_hidden_state, atol=1e-5)
+    assert sum(isinstance(m, Segment) for m in lowered.modules()) >= 2 * 5
+
+
+def test_what_is_overwritten_is_read_before() -> None:
+    def call(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        y = a(x)
+        before = b(y)
+        y.relu_()
+        return before + b(y)
+
+    torch.manual_seed(0)
+    model = thin(Calls(call, conv(5, 5, 1), conv(5, 5, 1)), 1.0)
+    x = torch.randn(1, 5, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(lower(model, x, backend="native")(x), model(x), atol=1e-5)
+
+
+# Which kernel, and how fast
+
+
+def test_kernels_are_chosen_by_density() -> None:
+    for density, kernel in ((0.1, "sparse"), (0.4, "sparse"), (0.9, "shared"), (1.0, "shared")):
+        torch.manual_seed(0)
+        x = torch.randn(1, 64, 20, 20)
+        (plan,) = plans(assert_lowered(thin(nn.Sequential(conv(64, 64, 3)), density), x), x)
+        assert isinstance(plan, Plan)
+        assert [choice.kernel for choice in plan.choices] == [kernel]
+        assert plan.choices[0].density == pytest.approx(density, abs=0.02)
+
+
+@pytest.mark.parametrize("backend", ["auto", "measured"])
+def test_layers_stay_where_torch_is_faster(backend: str) -> None:
+    torch.manual_seed(0)
+    tiny, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(1, 4)
+    lowered = lower(tiny, x, backend=backend)
+    assert isinstance(lowered[0], nn.Linear)
+    assert "of the time" in left_in_torch(lowered)["0"]
+    wide = thin(nn.Sequential(conv(256, 256, 3, padding=1)), 0.05)
+    assert len(plans(lower(wide, torch.randn(1, 256, 28, 28), backend=backend), torch.randn(1, 256, 28, 28))) == 1
+
+
+def test_speed_report(tmp_path: Path) -> None:
+    said: list[str] = []
+    model = sparsify(small(), 0.3, method="static").eval()
+    report = speed_report(model, X, repeats=2, backend="native", progress=said.append)
+    assert [layer.name for layer in report.layers] == ["_0", "_3", "_7"]
+    assert all(layer.measured > 0 and layer.predicted > 0 for layer in report.layers)
+    assert report.speedup == report.dense_ms / report.lowered_ms > 0
+    assert said[0] == "lowering"
+    assert "round 2 of 2" in said
+    assert f"{report.speedup:.2f} times faster" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["layers"][1]["measured"] == report.layers[1].measured
+    report.plot(str(tmp_path / "speed.svg"))
+    assert "times faster than dense" in (tmp_path / "speed.svg").read_text()
+    torch_only = speed_report(model, X, repeats=1, backend="torch")
+    assert {layer.kernel for layer in torch_only.layers} == {"torch"}
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        speed_report(model, X, repeats=0)
+
+
+def test_bench_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    arguments = ["bench", "squeezenet1_1", "--density", "0.1", "--input", "1x3x64x64", "--repeats", "1", "--json", str(file)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "times faster" in shown.out
+    assert "round 1 of 1" in shown.err
+    assert json.loads(file.read_text())["threads"] == torch.get_num_threads()
+    assert cli.main(["bench", "squeezenet1_1", "--density", "2"]) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "squeezenet1_1"])
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"Unknown backend 'fast'. Choose one of: auto, measured, native, torch"):
+        lower(small(), X, backend="fast")
+
+
+def test_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lowered = small(), lower(small(), X, backend="native")
+    monkeypatch.setattr("passes.lowering.run.native", lambda: None)
+    x = torch.randn(2, 3, 31, 31)  # of no plan that is there
+    assert plans(lowered, x) == ["there is no native library"]
+    with torch.no_grad():
+        assert torch.allclose(lowered(x), model(x), atol=1e-5)
+    assert not plans(lower(small(), X), X)  # nothing is lowered then

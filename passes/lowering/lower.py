@@ -48,7 +48,7 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
     install(model, Capture(regions, {}))
     for path in alone:
         vars(model.get_submodule(path))["keeps_graph"] = True
-    inputs = _inputs_of(model, [*alone, *capture.leaves], args, kwargs)
+    inputs = _inputs_of(model, alone, args, kwargs)
     for path in [path for path in alone if path in inputs]:
         remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], inputs[path])
     check_graphs("removing dead channels", model, regions)
@@ -59,14 +59,12 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
         module = model.get_submodule(path)
         left |= {_joined(path, name): why for name, why in _lower_graph_(module, inputs[path], backend).items()}
     check_graphs("choosing kernels", model, regions)
-    for path in [path for path in capture.leaves if path in inputs]:
-        left |= _lower_leaf_(model, path, inputs[path], backend)
     return model
 
 
 def left_in_torch(model: nn.Module) -> dict[str, str]:
     """Return the layers of a lowered model that torch goes on running, by path, and why, where that was decided."""
-    layers = [path for path, module in model.named_modules() if isinstance(module, _LAYERS)]
+    layers = [path for path, module in model.named_modules() if isinstance(module, _LAYERS) and "weight" in module._parameters]
     return {path: vars(model).get(LEFT, {}).get(path, "the kernels were not asked to, or could not see it") for path in layers}
 
 
@@ -88,22 +86,6 @@ def _lower_graph_(module: nn.Module, inputs: Sequence[Any], backend: str) -> dic
     replace_(module, graph, parts)
     module.layers_changed()
     return left
-
-
-def _lower_leaf_(model: nn.Module, path: str, inputs: Sequence[Any], backend: str) -> dict[str, str]:
-    """Put a segment in place of a layer that Python code calls, where it is faster; return why not, if not."""
-    parent, _, name = path.rpartition(".")
-    holder, graph = nn.Module(), fx.Graph()
-    holder.add_module("layer", model.get_submodule(path))
-    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
-    if len(inputs) != 1 or type(model.get_submodule(path)) is not nn.Linear:
-        return {path: "Python code calls it"}
-    learn_shapes(holder, graph, inputs)
-    found = [_part(holder, nodes, known, backend) for nodes, known in cut(holder, graph)]
-    if not found or isinstance(found[0], str):
-        return {path: str(found[0]) if found else "the kernels do not know it"}
-    setattr(model.get_submodule(parent), name, found[0].segment)
-    return {}
 
 
 def _part(module: nn.Module, nodes: list[fx.Node], known: Any, backend: str) -> Part | str:

@@ -64,6 +64,20 @@ def scaled(inputs: tuple[fx.Node, ...], scale: Tensor, bias: Tensor | None) -> O
     return Operation("conv", inputs, scale.view(-1, *[1] * (rank - 1)), bias, options=options, last=False)
 
 
+def product(
+    inputs: tuple[fx.Node, ...], name: str, weight: Tensor, bias: Tensor | None, given: dict[str, Any]
+) -> Operation | None:
+    """A function that multiplies by a weight: linear, conv1d or conv2d."""
+    if name == "linear":
+        return Operation("linear", inputs, weight, bias, last=True)
+    rank = weight.dim() - 2
+    values = {key: given.get(key, usual) for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    if any(isinstance(value, str) for value in values.values()):
+        return None
+    options = {key: [value] * rank if isinstance(value, int) else list(value) for key, value in values.items()}
+    return Operation("conv", inputs, weight, bias, options={**options, "groups": given.get("groups", 1)}, last=False)
+
+
 def permuted(inputs: tuple[fx.Node, ...], dims: tuple[int, ...]) -> Operation | None:
     """Channels that come first, or last, instead."""
     last: dict[tuple[int, ...], bool] = {(0, 2, 3, 1): False, (0, 3, 1, 2): True}

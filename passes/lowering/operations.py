@@ -19,6 +19,7 @@ from passes.lowering.operation import (
     normalized,
     padding_of,
     permuted,
+    product,
     scaled,
     shape_of,
 )
@@ -41,6 +42,8 @@ _ACTIVATION_NAMES = {
 }
 _ARGUMENTS = {  # of functions and methods, in order
     "cat": ("tensors", "dim"),
+    "linear": ("input", "weight", "bias"),
+    **dict.fromkeys(("conv1d", "conv2d"), ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
     "flatten": ("input", "start_dim", "end_dim"),
     "mean": ("input", "dim", "keepdim"),
     "relu": ("input", "inplace"),
@@ -141,6 +144,8 @@ def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
         return None
     inputs, name = (x,), {"iadd": "add", "imul": "mul", "add_": "add", "mul_": "mul", "relu_": "relu"}.get(name, name)
     plain = not given.keys() - {"inplace"}
+    if name in ("linear", "conv1d", "conv2d") and (weight := _value(root, given.get("weight"))) is not None:
+        return product(inputs, name, weight, _value(root, given.get("bias")), given)
     if name in _ACTIVATION_NAMES and plain:
         return Operation("activation", inputs, activation=_ACTIVATION_NAMES[name])
     if name == "gelu":

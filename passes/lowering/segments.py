@@ -103,7 +103,10 @@ def replace_(module: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> None:
 
 
 def _take_off(module: nn.Module, graph: fx.Graph) -> None:
-    """Delete the layers that no graph of the module calls any more."""
+    """Delete the layers that no graph of the module calls any more, and the parameters of its own that it no longer reads."""
+    for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
+        graph.erase_node(node)
+        module._parameters.pop(str(node.target), None)
     called = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     for path, _ in [*module.named_modules()]:
         inside = any(target == path or target.startswith(f"{path}.") or path.startswith(f"{target}.") for target in called)

@@ -51,29 +51,31 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def lower(model: nn.Module, inputs: Any, *, backend: str = "auto") -> nn.Module:
-    """Return a dense copy of a trained model that computes the same with less: for inference.
+    """Return a copy of a trained model that computes the same with less: for inference.
 
     Masks are folded, batch norms are folded into the layers before them, and dead channels are removed: those that no kept
-    weight feeds or reads, consistently through additions, concatenations and depthwise convolutions. A channel that holds one
-    number moves into the bias of what reads it, except behind padding. Torch runs the result, at the speed of a dense network
-    of its size.
+    weight feeds or reads, consistently through additions, concatenations and depthwise convolutions. Then parts of the graph
+    become segments, which run on sparse kernels on the CPU where these are faster than torch.
 
     Args:
         model: one that `sparsify` returned, or any dense one, in evaluation mode, with real tensors; it is not changed.
-        inputs: what `flop_report` takes; the copy runs on them once. Later ones may have other sizes.
+        inputs: what `flop_report` takes; the copy runs on them. Later ones may have other sizes.
+        backend: "auto" chooses kernels or torch by a model of the machine, "measured" by timing both, "native" takes the
+            kernels wherever they know the operation, "torch" never: a dense network, for export to other engines.
 
     Returns:
         An instance of the model's own class whose graphs are those of evaluation.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it is in training mode, on the meta device, sharded, not pruned yet, or does not fit the inputs.
+        ValueError: it is in training mode, on the meta device, sharded, not pruned yet, or does not fit the inputs; the
+            backend is unknown.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> _ = model[2].weight.data[:, 4:].zero_()  # nothing reads the last two hidden units
-        >>> lower(model, (1, 8))[0].weight.shape
+        >>> lower(model, (1, 8), backend="torch")[0].weight.shape
         torch.Size([4, 8])
     """
     if backend not in BACKENDS:

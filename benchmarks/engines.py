@@ -1,0 +1,234 @@
+"""Inference: a lowered sparse network against the engines that people use, side by side.
+
+Every round runs every engine twice, of which the second counts, in an order that turns from round to round. Everything is
+float32 on as many threads as torch has, but for one column: OpenVINO in the number format that it chooses itself. DeepSparse
+runs in an environment of its own, `.venv-deepsparse`, and answers over a pipe. ONNX files hold the folded model with its zeros.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import onnxruntime
+import openvino
+import torch
+import torchvision
+from environment import build, python_of
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from sparsify import fold, lower, sparsify
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+from networks import WideResNet22  # noqa: E402
+
+VENV = HERE.parent / ".venv-deepsparse"
+RESULTS = HERE / "RESULTS.md"
+HEADING = "## Inference: lowered models against engines"
+PAUSE = 0.03  # seconds, in which threads of the engine before stop spinning
+_DEEPSPARSE = """
+import sys, time, warnings
+import numpy as np
+import deepsparse
+engine = deepsparse.compile_model(sys.argv[1], batch_size=int(sys.argv[2]), num_cores=int(sys.argv[3]))
+inputs = [np.load(sys.argv[4])]
+print("ready", flush=True)
+for line in sys.stdin:
+    engine.run(inputs)
+    begin = time.perf_counter()
+    engine.run(inputs)
+    print(time.perf_counter() - begin, flush=True)
+"""
+
+
+class Tokens(nn.Module):
+    """BERT-base on token numbers, as one tensor in and one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = BertModel(BertConfig(attn_implementation="sdpa"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the last hidden states: (batch, tokens, 768)."""
+        return self.bert(tokens).last_hidden_state
+
+
+def _image(side: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randn(batch, 3, side, side)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "resnet50": (torchvision.models.resnet50, _image(224)),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, _image(224)),
+    "efficientnet_b0": (torchvision.models.efficientnet_b0, _image(224)),
+    "wrn_22_2": (WideResNet22, _image(32)),
+    "vit_b_16": (torchvision.models.vit_b_16, _image(224)),
+    "bert_base": (Tokens, lambda batch: torch.randint(0, 30000, (batch, 128))),
+}
+
+
+class Sparse(nn.Linear):
+    """A linear layer by torch's own sparse matrices."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product."""
+        flat = input.reshape(-1, self.in_features)
+        return (self.csr @ flat.T).T.reshape(*input.shape[:-1], -1) + self.bias
+
+
+def with_sparse_matrices(model: nn.Module) -> nn.Module:
+    """Make every linear layer with a bias one of torch's sparse matrices, in place."""
+    for module in [m for m in model.modules() if type(m) is nn.Linear and m.bias is not None]:
+        module.__class__ = Sparse
+        module.csr = module.weight.detach().to_sparse_csr()
+    return model
+
+
+@contextmanager
+def engines(model: nn.Module, x: Tensor, peers: bool) -> Iterator[dict[str, Callable[[], float | None]]]:
+    """Yield what runs a sparse model once: {engine: call}, which returns its own seconds, or None to be timed."""
+    threads = torch.get_num_threads()
+    dense, lowered = fold(model).eval(), lower(model, x)
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: lowered(x), "eager": lambda: dense(x)}
+    if x.dim() == 4:
+        last, x_last = (t.to(memory_format=torch.channels_last) for t in (fold(model).eval(), x))
+        calls["channels last"] = lambda: last(x_last)
+    compiled = torch.compile(fold(model).eval(), options={"freezing": True})
+    calls["compiled"] = lambda: compiled(x)
+    if x.dim() == 2:
+        matrices = with_sparse_matrices(fold(model).eval())
+        calls["torch.sparse"] = lambda: matrices(x)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(fold(model).eval(), (x,), path, opset_version=17, dynamo=False, input_names=["x"])  # DeepSparse's
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        calls["onnxruntime"] = lambda: session.run(None, {"x": x.numpy()})
+        for name, hint in (("openvino", {"INFERENCE_PRECISION_HINT": "f32"}), ("openvino, own format", {})):
+            settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **hint}
+            request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+            calls[name] = lambda request=request: request.infer([x.numpy()])
+        worker = _deepsparse(folder, path, x, threads) if peers else None
+        if worker:
+            calls["deepsparse"] = lambda: _ask(worker)
+        try:
+            yield calls
+        finally:
+            if worker:
+                worker.kill()
+
+
+def _deepsparse(folder: str, path: str, x: Tensor, threads: int) -> "subprocess.Popen[str] | None":
+    """Start DeepSparse on a file; None where it cannot be installed or does not take the file."""
+    import numpy as np
+
+    if problem := build(VENV, ["deepsparse==1.8.0"], ["deepsparse"]):
+        print(f"Skipped DeepSparse: {problem}", file=sys.stderr)
+        return None
+    np.save(f"{folder}/x.npy", x.numpy())
+    command = [python_of(VENV), "-c", _DEEPSPARSE, path, len(x), threads, f"{folder}/x.npy"]
+    worker = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout
+    for line in worker.stdout:
+        if line.startswith("ready"):
+            return worker
+    print("Skipped DeepSparse: it does not take the file.", file=sys.stderr)
+    return None
+
+
+def _ask(worker: "subprocess.Popen[str]") -> float:
+    assert worker.stdin
+    assert worker.stdout
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return float(worker.stdout.readline())
+
+
+@torch.no_grad()
+def measure(
+    name: str, density: float, distribution: str, batch: int, rounds: int, peers: bool
+) -> dict[str, tuple[float, float]]:
+    """Return for every engine the median milliseconds for one input, and the median of its time over ours of the same round."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    make, inputs = MODELS[name]
+    x = inputs(batch)
+    model = sparsify(make(), density, distribution, method="static", init="fan_in").eval()
+    seconds: dict[str, list[float]] = {}
+    with engines(model, x, peers) as calls:
+        names = list(calls)
+        for turn in range(rounds + 1):  # the first one warms up
+            for engine in names[turn % len(names) :] + names[: turn % len(names)]:
+                time.sleep(PAUSE)
+                calls[engine]()
+                begin = time.perf_counter()
+                own = calls[engine]()
+                taken = time.perf_counter() - begin
+                seconds.setdefault(engine, []).append(own if isinstance(own, float) else taken)
+    ours = seconds["ours"][1:]
+    return {
+        engine: (1e3 * median(taken[1:]) / batch, median(t / o for t, o in zip(taken[1:], ours, strict=True)))
+        for engine, taken in seconds.items()
+    }
+
+
+def table(rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> str:
+    """Return times over ours, and ours in milliseconds for one input; the fastest dense float32 engine stands beside."""
+    names = dict.fromkeys(engine for _, found in rows for engine in found if engine != "ours")
+    dense = [name for name in names if name not in ("deepsparse", "torch.sparse", "openvino, own format")]
+    cells = []
+    for row, found in rows:
+        fastest = min((found[name][1], name) for name in dense if name in found)
+        ratios = [f"{found[name][1]:.2f}" if name in found else "-" for name in names]
+        cells.append((row, f"{found['ours'][0]:.1f}", f"{fastest[0]:.2f} ({fastest[1]})", *ratios))
+    return tabulate(cells, ["network", "ours, ms", "fastest dense", *names], "github", disable_numparse=True)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05, 0.02])
+    parser.add_argument("--distributions", nargs="+", default=["uniform"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-peer", action="store_true", help="leave DeepSparse out")
+    parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    for name in args.models:
+        for distribution in args.distributions:
+            for density in args.densities:
+                for batch in args.batches:
+                    row = f"{name}, {distribution} {density:g}, batch {batch}"
+                    print(row, file=sys.stderr, flush=True)
+                    rows.append((row, measure(name, density, distribution, batch, args.rounds, not args.no_peer)))
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    facts = f"{_processor()} ({capability}), {threads} threads, {args.rounds} rounds, torch {torch.__version__}, "
+    facts += f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}"
+    text = f"{HEADING}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
+    print(text)
+    if args.write:
+        before = RESULTS.read_text().partition(HEADING)[0].rstrip()
+        RESULTS.write_text(f"{before}\n\n{text}")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+
+
+if __name__ == "__main__":
+    main()
