@@ -328,3 +328,38 @@ class ByName(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(input=x) if x.sum() < 1e9 else x
+
+
+class Shortcut(nn.Module):
+    """Python code that calls a network, and a layer of it besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return x
+        return self.net(x) + self.net[0](x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_layers_that_python_code_calls_besides_stay(backend: str) -> None:
+    torch.manual_seed(0)
+    model = give_statistics(Shortcut()).eval()
+    assert_same(model, lower(model, X, backend=backend), X)
+
+
+class Reads(Shortcut):
+    """Python code that reads a weight of a network that it calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return x
+        return self.net(x) + F.conv2d(x, self.net[0].weight, padding=1)
+
+
+def test_layers_that_python_code_reads_are_noticed() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="Lowering changed what the model computes"):
+        lower(give_statistics(Reads()).eval(), X, backend="torch")

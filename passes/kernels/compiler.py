@@ -129,7 +129,7 @@ def _load(path: Path) -> ctypes.CDLL:
         ("forget", None, (pointer,)),
         ("run", integer, (pointer, pointer, pointer, long, integer, pointer)),
         ("lanes", integer, ()),
-        ("sums", integer, ()),
+        ("tile", integer, (integer,)),
     ):
         function = getattr(library, f"sparsify_{name}")
         function.restype, function.argtypes = result, arguments

@@ -1,5 +1,6 @@
 """Costs: how a convolution is cut into pieces, and which kernel is the fastest, from a model of the machine."""
 
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -14,22 +15,22 @@ class Machine:
 
     Attributes:
         lanes: numbers in a vector.
-        sums: vectors of sums that stay in registers.
+        tiles: how many vectors of pixels a tile has at most, by how many outputs share a pattern.
         cache: bytes of the nearest cache.
     """
 
     lanes: int
-    sums: int
+    tiles: dict[int, int]
     cache: int
 
 
-def this_machine(lanes: int, sums: int) -> Machine:
-    """Return the machine at hand."""
+def this_machine(library: ctypes.CDLL) -> Machine:
+    """Return the machine at hand, for which a native library was compiled."""
     try:
         cache = os.sysconf("SC_LEVEL1_DCACHE_SIZE")
     except (ValueError, OSError):
         cache = 0
-    return Machine(lanes, sums, cache or 32768)
+    return Machine(library.sparsify_lanes(), {group: library.sparsify_tile(group) for group in (1, 4)}, cache or 32768)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def choose(
     # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
     swept = min(1.0, kept * group / mask.size * np.prod(shape[2:]))
     best, found = np.inf, 1
-    vectors = _tile(total, machine.sums // group)
+    vectors = _tile(total, machine.tiles[group])
     run, tiles = vectors * machine.lanes, -(-total // vectors)
     reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
     load = 0.55 if group == 1 else 0.36 * group

@@ -2,16 +2,18 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from passes.capture.captured import Captured, install
+from passes.capture.leaves import is_builtin
 from passes.capture.lint import check_graphs
-from passes.capture.regions import Capture, called_modules, trace
+from passes.capture.regions import Capture, Region, called_modules, trace
 from passes.channels.prune import remove_dead_channels_
 from passes.lowering.attention import split_attention_
 from passes.lowering.batch_norms import fold_batch_norms_
@@ -38,28 +40,87 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
     capture = trace(model)
     evaluation = {path: dict.fromkeys((True, False), region.graphs[False]) for path, region in capture.regions.items()}
     regions = {path: replace(region, graphs=evaluation[path]) for path, region in capture.regions.items()}
-    layers = {path: [m for _, m in called_modules(model.get_submodule(path), r.graphs)] for path, r in regions.items()}
-    calls = Counter(layer for own in layers.values() for layer in own)
-    # Layers that several graphs call stay as they are, and so do the graphs.
-    alone = [path for path, own in layers.items() if all(calls[layer] == 1 for layer in own)]
-    for path in alone:
+    install(model, Capture(regions, {}))
+    inputs, expected = _observe(model, regions, args, kwargs)
+    for path in inputs:
         fold_batch_norms_(model.get_submodule(path), regions[path].graphs[False])
     check_graphs("folding batch norms", model, regions)
-    install(model, Capture(regions, {}))
-    for path in alone:
-        vars(model.get_submodule(path))["keeps_graph"] = True
-    inputs = _inputs_of(model, alone, args, kwargs)
-    for path in [path for path in alone if path in inputs]:
-        remove_dead_channels_(model.get_submodule(path), regions[path].graphs[False], inputs[path])
+    for path, given in inputs.items():
+        module: Any = model.get_submodule(path)
+        vars(module)["keeps_graph"] = True
+        module.layers_changed()
+        remove_dead_channels_(module, regions[path].graphs[False], given)
     check_graphs("removing dead channels", model, regions)
     left = vars(model)[LEFT] = dict[str, str]()
-    if backend == "torch":
-        return model
-    for path in [path for path in alone if path in inputs]:
+    for path, given in inputs.items() if backend != "torch" else ():
         module = model.get_submodule(path)
-        left |= {_joined(path, name): why for name, why in _lower_graph_(module, inputs[path], backend).items()}
+        left |= {f"{path}.{name}".lstrip("."): why for name, why in _lower_graph_(module, given, backend).items()}
     check_graphs("choosing kernels", model, regions)
+    with torch.no_grad():
+        _compare(expected, model(*args, **kwargs))
     return model
+
+
+@torch.no_grad()
+def _observe(
+    model: nn.Module, regions: Mapping[str, Region], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Any, ...]], Any]:
+    """Run a model; return what regions were called with, by position, and the output.
+
+    Regions that were not called are not there, nor are those whose layers something else calls besides, another graph or Python
+    code: they stay as they are.
+    """
+    inputs: dict[str, tuple[Any, ...]] = {}
+    calls: Counter[nn.Module] = Counter()
+    named: Counter[nn.Module] = Counter()  # by the graphs that ran
+    handles = []
+    for path, region in regions.items():
+        root, own = model.get_submodule(path), [str(n.target) for n in region.graphs[False].nodes if n.op == "call_module"]
+        layers = [root.get_submodule(target) for target in own]
+
+        def remember(_: Any, given: tuple[Any, ...], options: dict[str, Any], path: str = path, layers: Any = layers) -> None:
+            named.update(layers)
+            if (bound := _bound(regions[path].graphs[False], given, options)) is not None:
+                inputs.setdefault(path, bound)
+
+        handles.append(root.register_forward_pre_hook(remember, with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in dict.fromkeys(layers)]
+    output = model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    layers = {path: _layers_of(model.get_submodule(path), region.graphs) for path, region in regions.items()}
+    owners = Counter(layer for own in layers.values() for layer in own)
+    alone = {p for p, own in layers.items() if all(owners[layer] == 1 and calls[layer] <= named[layer] for layer in own)}
+    return {path: given for path, given in inputs.items() if path in alone}, output
+
+
+def _bound(graph: fx.Graph, given: Sequence[Any], options: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the arguments of a graph in order, None where it takes others."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    values = {str(node.target): node.args[0] for node in nodes if node.args}
+    values |= {**dict(zip((str(node.target) for node in nodes), given, strict=False)), **options}
+    names = [str(node.target) for node in nodes]
+    return tuple(values[name] for name in names) if values.keys() == {*names} and len(given) <= len(names) else None
+
+
+def _compare(expected: Any, output: Any) -> None:
+    """Raise if a lowered model computes something else. Where it also chooses (detections), small differences are none."""
+    pairs = list(zip(tree_leaves(expected), tree_leaves(output), strict=False))
+    tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor)]
+    if not all(a.is_floating_point() and a.shape == b.shape for a, b in tensors):
+        return
+    for a, b in tensors:
+        scale, difference = a.nan_to_num(0, 0, 0).abs().max(), (a - b).nan_to_num(0, 0, 0).abs().max()
+        if difference > 1e-2 * scale:
+            raise ValueError(
+                f"Lowering changed what the model computes, by {float(difference / scale):.2g} of its largest output: Python "
+                f"code of it may read layers that were folded. Lower the parts of it that do not, or take fold(model)."
+            )
+
+
+def _layers_of(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> list[nn.Module]:
+    """Return what the graphs of a region call, or the region itself where Python code calls a layer."""
+    return [module] if is_builtin(module) else [called for _, called in called_modules(module, dict(graphs))]
 
 
 def left_in_torch(model: nn.Module) -> dict[str, str]:
@@ -102,10 +163,6 @@ def _part(module: nn.Module, nodes: list[fx.Node], known: Any, backend: str) -> 
     return part if times[0] < times[1] else f"torch is {said} to take {times[1] / times[0]:.2f} of the time"
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _torch_seconds(module: nn.Module, part: Part, inputs: Sequence[torch.Tensor]) -> float:
     """Return how long torch takes for a part."""
     graph = fx.Graph()
@@ -125,24 +182,3 @@ def _seconds(run: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
         run(*inputs)
         found.append(time.perf_counter() - begin)
     return min(found)
-
-
-@torch.no_grad()
-def _inputs_of(
-    model: nn.Module, modules: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, tuple[Any, ...]]:
-    """Run a model, and return what each module was called with, by position; those that were not called are not there."""
-    found: dict[str, tuple[Any, ...]] = {}
-    handles = []
-    for path in modules:
-        module = model.get_submodule(path)
-
-        def remember(module: Any, given: tuple[Any, ...], options: dict[str, Any], path: str = path) -> None:
-            if not options:
-                found.setdefault(path, given)
-
-        handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
-    model(*args, **kwargs)
-    for handle in handles:
-        handle.remove()
-    return found

@@ -1,6 +1,7 @@
 """Plan: a program on inputs of given shapes as steps of the native library."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
 from passes.lowering.memory import Planes
 from passes.lowering.program import Op, Program
-from passes.lowering.windows import Window, window_of
+from passes.lowering.windows import Unsupported, Window, window_of
 
 _SHARED = ("channels", "flatten", "permute", "adaptive_pool")  # whose results are planes of their inputs
 _SUMS = ("conv", "linear")
@@ -92,6 +93,8 @@ def plan(
     for i, value in enumerate(program.outputs):
         emitter.write(i, value)
     steps, floats = emitter.steps()
+    if max(floats + _SLACK, *(math.prod(shape[1:]) for shape in inputs)) >= 2**31:
+        raise Unsupported("the activations of one image are too many")
     other, choices = COPIED * emitter.copied, tuple(planner.choices)
     return Plan(
         native=NativePlan(library, steps, floats + _SLACK),

@@ -59,7 +59,7 @@ def _make(inputs: Sequence[Tensor], values: Tensor, bits: Tensor, program: str) 
     library = native()
     if library is None:
         return "there is no native library"
-    machine = this_machine(library.sparsify_lanes(), library.sparsify_sums())
+    machine = this_machine(library)
     try:
         return plan(_parsed(program), [x.shape for x in inputs], values.detach(), bits, library, machine)
     except Unsupported as error:

@@ -89,7 +89,7 @@ constexpr std::array<Tile, sizeof...(Sizes)> tiles_of(std::integer_sequence<int,
 }
 
 template <int Group>
-constexpr auto kTiles = tiles_of<Group>(std::make_integer_sequence<int, (kSums > 14 && Group == 1 ? 14 : kSums / Group)>());
+constexpr auto kTiles = tiles_of<Group>(std::make_integer_sequence<int, tile_size(Group)>());
 
 // One piece: a chunk of outputs, and `grain` vectors of pixels.
 inline void convolve(const Step &step, float *arena, int64_t item) {

@@ -13,7 +13,7 @@ extern "C" {
 int32_t sparsify_use_threads_of(const char *path) { return use_threads_of(path); }
 
 int32_t sparsify_lanes() { return kLanes; }
-int32_t sparsify_sums() { return kSums; }
+int32_t sparsify_tile(int32_t group) { return tile_size(group); }
 
 // Set values to 0, bit by bit, where the mask is 0. `width` is the size of one in bytes: 2, 4 or 8.
 void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int32_t width, int32_t threads) {

@@ -43,9 +43,9 @@ struct Step {
   const float *bias;            // [channels], or null
 };
 
-// What of a plane lies between two positions and is no pixel, besides what is before the first and after the last row.
+// What lies between the positions of a tile and is no pixel, besides what is before the first and after the last row.
 struct Gaps {
-  int32_t places[2048];
+  int32_t places[kLargest * kLanes];
   int count = 0;
 
   Gaps(const Step &step, int64_t begin, int64_t end) {
@@ -75,12 +75,17 @@ inline void frame(const Step &step, float *plane, int64_t begin, int64_t end, co
   if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, step.fill);
 }
 
-inline void frame(const Step &step, float *plane) {
-  std::fill(plane - step.lead, plane, step.fill);
-  for (int64_t row = 0; row + 1 < step.rows; ++row)
-    std::fill(plane + row * step.pitch + step.columns, plane + (row + 1) * step.pitch, step.fill);
-  std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, step.fill);
+// The same for positions that may be many.
+inline void frame(const Step &step, float *plane, int64_t begin, int64_t end) {
+  if (begin == 0) std::fill(plane - step.lead, plane, step.fill);
+  for (int64_t row = begin / step.pitch; row + 1 < step.rows && row * step.pitch < end; ++row) {
+    const int64_t from = std::max(row * step.pitch + step.columns, begin), to = std::min((row + 1) * step.pitch, end);
+    if (from < to) std::fill(plane + from, plane + to, step.fill);
+  }
+  if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, step.fill);
 }
+
+inline void frame(const Step &step, float *plane) { frame(step, plane, 0, length(step)); }
 
 // Copy every other number. All but the last are in vectors, so that nothing is read behind them.
 inline void copy_evens(const float *from, float *to, int64_t count) {
@@ -243,9 +248,7 @@ inline void normalize_pixels(const Step &step, float *arena, int64_t begin, int6
       store_within(step, arena + step.target[c] + at, x * (step.scale ? step.scale[c] : 1.f) + (step.bias ? step.bias[c] : 0.f));
     }
   }
-  const Gaps gaps(step, begin * kLanes, end * kLanes);
-  for (int64_t c = 0; c < step.channels; ++c)
-    frame(step, arena + step.target[c], begin * kLanes, end * kLanes, gaps);
+  for (int64_t c = 0; c < step.channels; ++c) frame(step, arena + step.target[c], begin * kLanes, end * kLanes);
 }
 
 }  // namespace sparsify

@@ -7,7 +7,7 @@
 namespace sparsify {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kSums = 28;  // floats in a vector; vectors that stay in registers beside what is loaded
+constexpr int kLanes = 16, kSums = 28;  // floats in a vector; vectors of sums that stay in registers
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kSums = 12;
 #elif defined(__aarch64__)
@@ -15,6 +15,9 @@ constexpr int kLanes = 4, kSums = 28;
 #else
 constexpr int kLanes = 4, kSums = 12;
 #endif
+
+constexpr int kLargest = 14;  // vectors of pixels in a tile, at most
+constexpr int tile_size(int group) { return kSums / group < kLargest ? kSums / group : kLargest; }
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
