@@ -167,7 +167,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("density", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_images(name: str, density: float) -> None:
     torch.manual_seed(0)
     model = thin(IMAGES[name](), density)
@@ -232,7 +232,7 @@ def test_values_that_are_not_finite(value: float) -> None:
     assert torch.equal(expected.isnan(), got.isnan())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @drawn(data=st.data())
 def test_any_convolution(data: st.DataObject) -> None:
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
