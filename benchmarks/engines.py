@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import openvino
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from sparsify import fold, lower, sparsify
+from sparsify.costs.speed import processor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -131,8 +133,6 @@ def engines(model: nn.Module, x: Tensor, peers: bool) -> Iterator[dict[str, Call
 
 def _deepsparse(folder: str, path: str, x: Tensor, threads: int) -> "subprocess.Popen[str] | None":
     """Start DeepSparse on a file; None where it cannot be installed or does not take the file."""
-    import numpy as np
-
     if problem := build(VENV, ["deepsparse==1.8.0"], ["deepsparse"]):
         print(f"Skipped DeepSparse: {problem}", file=sys.stderr)
         return None
@@ -215,19 +215,13 @@ def main() -> None:
                     row = f"{name}, {distribution} {density:g}, batch {batch}"
                     print(row, file=sys.stderr, flush=True)
                     rows.append((row, measure(name, density, distribution, batch, args.rounds, not args.no_peer)))
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    facts = f"{_processor()} ({capability}), {threads} threads, {args.rounds} rounds, torch {torch.__version__}, "
+    facts = f"{processor()}, {torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}, "
     facts += f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}"
     text = f"{HEADING}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
     print(text)
     if args.write:
         before = RESULTS.read_text().partition(HEADING)[0].rstrip()
         RESULTS.write_text(f"{before}\n\n{text}")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

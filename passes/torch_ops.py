@@ -75,6 +75,13 @@ def is_view(node: fx.Node) -> bool:
     return name in VIEWS or (name in SLICES and len(node.all_input_nodes) == 1)
 
 
+def writes_in_place(node: fx.Node, module: Any) -> bool:
+    """Whether a node writes to its first input; `module` is what it calls, None where it calls no module."""
+    in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") is True
+    name = name_of(node)
+    return bool(in_place) or (module is None and (name in ("iadd", "imul") or (name.endswith("_") and not name.endswith("__"))))
+
+
 def name_of(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls, or of the module or attribute that it names."""
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))

@@ -113,7 +113,7 @@ def _run_python(module: Captured, base: type[nn.Module], args: tuple[Any, ...], 
 
 def _masks_computed(module: Captured, node: fx.Node) -> bool:
     """Whether a node hands a guest what was computed from a weight, which Python code reads without the guest."""
-    called = node.op == "call_module" and _is_there(module, str(node.target))
+    called = node.op == "call_module" and is_there(module, str(node.target))
     guest = called and isinstance(module.get_submodule(str(node.target)), Guest)
     return guest and node.all_input_nodes[0].op != "get_attr"
 
@@ -142,7 +142,7 @@ def _captured_class(base: type[nn.Module]) -> Any:
 def _explain_missing(module: Captured, error: AttributeError) -> None:
     """Raise if a graph reads a layer that has been taken off its module since."""
     for node in [n for n in module.graph.nodes if n.op in ("call_module", "get_attr")]:
-        if not _is_there(module, str(node.target)):
+        if not is_there(module, str(node.target)):
             raise RuntimeError(
                 f"{node.target} was there when sparsify() traced the model, and is gone. Change layers (fuse, delete, replace) "
                 f"before sparsify(), or in the dense model that fold() returns, or let the modules around them be called as "
@@ -150,7 +150,8 @@ def _explain_missing(module: Captured, error: AttributeError) -> None:
             ) from error
 
 
-def _is_there(module: nn.Module, path: str) -> bool:
+def is_there(module: nn.Module, path: str) -> bool:
+    """Whether a module has an attribute, or a module inside it, at a path."""
     try:
         operator.attrgetter(path)(module)
     except AttributeError:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.channels.constants import constants_of, is_depthwise
 from passes.counting.recorder import thawed
+from passes.torch_ops import writes_in_place
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.AvgPool2d)
@@ -121,7 +122,7 @@ class Follower(fx.Interpreter):
         """Return the channels of a node's value; None where what happens to them is not known."""
         shapes = [self.env[s].shape for s in node.all_input_nodes if isinstance(self.env.get(s), Tensor)]
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
-        if _writes(node, module) and len(node.all_input_nodes[0].users) > 1:
+        if writes_in_place(node, module) and len(node.all_input_nodes[0].users) > 1:
             return None  # others see what it writes, or not
         if module is not None:
             if isinstance(module, (*_CONVOLUTIONS, nn.Linear, _BatchNorm)) and len(shapes) == 1:
@@ -206,13 +207,6 @@ class Follower(fx.Interpreter):
 
 def _through(call: Callable[[Tensor], Tensor], source: Channels, pool: bool) -> Channels:
     return Channels(source.atoms, source.constants if pool else call(source.constants.clone()), source.dim)
-
-
-def _writes(node: fx.Node, module: Any) -> bool:
-    """Whether a node writes to its first input."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") is True
-    return bool(in_place) or (module is None and (name in ("iadd", "imul") or (name.endswith("_") and not name.endswith("__"))))
 
 
 def _dims(node: fx.Node) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ class Step(ctypes.Structure):
         *((name, _INTEGERS) for name in ("kind", "items", "grain", "channels", "rows", "columns", "pitch", "lead", "tail")),
         *((name, _TABLE) for name in ("target", "source", "other")),
         ("activation", _INTEGERS),
-        *((name, _NUMBERS) for name in ("low", "high", "fill", "epsilon")),
+        *((name, _NUMBERS) for name in ("low", "high", "epsilon")),
         *((name, _INTEGERS) for name in ("even", "outside", "image_stride", "channel_stride")),
         *((name, _INTEGERS) for name in ("row_stride", "column_stride")),
         ("boxes", _TABLE),

@@ -39,13 +39,17 @@ def attend(projected: Tensor, heads: int, batch_first: bool) -> Tensor:
     return joined if batch_first else joined.transpose(0, 1)
 
 
-def split_attention_(module: nn.Module, graph: fx.Graph) -> None:
+def split_attention_(module: nn.Module, graph: fx.Graph) -> bool:
     """Replace every self-attention without masks, whose weights nobody asks for, by its parts, in place.
 
     Args:
         module: the root of the graph, in evaluation mode; attentions that are split are taken off it.
         graph: what it runs.
+
+    Returns:
+        Whether there was one.
     """
+    found = False
     for node in [n for n in graph.nodes if n.op == "call_module"]:
         path = str(node.target)
         layer = module.get_submodule(path)
@@ -60,6 +64,8 @@ def split_attention_(module: nn.Module, graph: fx.Graph) -> None:
             user.replace_all_uses_with(outer)  # the weights have no users
             graph.erase_node(user)
         graph.erase_node(node)
+        found = True
+    return found
 
 
 def _is_plain(layer: nn.MultiheadAttention, node: fx.Node) -> bool:

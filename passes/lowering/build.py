@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.lowering.operation import Operation, shape_of
-from passes.lowering.program import Op, Program, Weight
-
-_SUMS = ("conv", "linear")
+from passes.lowering.program import SUMS, Op, Program, Weight
 
 
 class Constants:
@@ -109,9 +107,9 @@ def _fused(
     if place < 0 or ops[place].activation[0] != "none" or uses[_source(by_place[place], known)] > 1:
         return None
     before = ops[place]
-    if operation.kind == "activation" and before.kind in (*_SUMS, "add", "multiply", "mean"):
+    if operation.kind == "activation" and before.kind in (*SUMS, "add", "multiply", "mean"):
         return place, replace(before, activation=operation.activation)
-    plain = operation.kind == "add" and before.kind in _SUMS and len(before.inputs) == 1 and len(by_place) == 2
+    plain = operation.kind == "add" and before.kind in SUMS and len(before.inputs) == 1 and len(by_place) == 2
     if plain and len({shape_of(n) for n in operation.inputs}) == 1:
         return place, replace(before, inputs=(before.inputs[0], min(by_place) + inputs))
     return None

@@ -43,7 +43,6 @@ class Work:
         channels: input channels of a block.
         chunk_weights: the most weights of a chunk.
         chunks: at least so many.
-        single: planes are one pixel.
         cycles: about how many one core takes.
     """
 
@@ -52,7 +51,6 @@ class Work:
     channels: int
     chunk_weights: float
     chunks: int
-    single: bool
     cycles: float
 
 
@@ -72,7 +70,7 @@ def choose(
     """
     parts = 8 * threads() if threads() > 1 else 1
     if single:
-        return Work(1, 1, 1 << 30, np.inf, parts, True, 0.7 * float(mask.sum()))
+        return Work(1, 1, 1 << 30, np.inf, parts, 0.7 * float(mask.sum()))
     total = -(-flat // machine.lanes)
     group = _group(mask, groups)
     kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
@@ -94,7 +92,7 @@ def choose(
     channels = -(-shape[1] // found) if groups == 1 else 1 << 30
     # Weights of a chunk stay in the next cache while tiles take turns.
     chunk = np.inf if tiles == 1 else 16384
-    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), False, float(best))
+    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), float(best))
 
 
 def _tile(total: int, most: int) -> int:

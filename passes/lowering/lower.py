@@ -134,8 +134,8 @@ def _lower_graph_(module: nn.Module, inputs: Sequence[Any], backend: str) -> dic
     assert isinstance(module, Captured)
     graph = module.graph
     learn_shapes(module, graph, inputs)
-    split_attention_(module, graph)
-    learn_shapes(module, graph, inputs)
+    if split_attention_(module, graph):
+        learn_shapes(module, graph, inputs)
     left = {str(n.target): "the kernels do not know it" for n in graph.nodes if n.op == "call_module"}
     parts = []
     for nodes, known in cut(module, graph):

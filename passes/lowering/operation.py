@@ -38,6 +38,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def binary(kind: str, node: fx.Node) -> Operation | None:
+    """A sum or product of two values of one shape, or of an image and a gate: one number for every channel."""
     first, second = node.args
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or "get_attr" in (first.op, second.op):
         return None
@@ -97,6 +98,7 @@ def average(inputs: tuple[fx.Node, ...], given: dict[str, Any]) -> Operation | N
 
 
 def max_pool(inputs: tuple[fx.Node, ...], given: dict[str, Any]) -> Operation | None:
+    """The largest pixel of each window of an image."""
     if len(shape_of(inputs[0]) or ()) != 4 or given.get("return_indices"):
         return None
     options = {"kernel_size": _pair(given["kernel_size"]), "stride": _pair(given.get("stride") or given["kernel_size"])}
@@ -105,6 +107,7 @@ def max_pool(inputs: tuple[fx.Node, ...], given: dict[str, Any]) -> Operation | 
 
 
 def adaptive(inputs: tuple[fx.Node, ...], size: Any) -> Operation | None:
+    """An average to one pixel, or to the size that the image has."""
     size, shape = _pair(size), shape_of(inputs[0]) or ()
     if len(shape) != 4:
         return None
@@ -131,9 +134,11 @@ def _pair(value: Any) -> list[Any]:
 
 
 def dims_of(value: Any) -> tuple[int, ...]:
+    """Return dimensions that are given as a list or one by one, () where they are not numbers."""
     flat = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
     return tuple(flat) if isinstance(flat, (tuple, list)) and all(isinstance(d, int) for d in flat) else ()
 
 
 def gelu(approximate: str) -> str:
+    """Return the name of the activation."""
     return "gelu" if approximate == "none" else "gelu_tanh"

@@ -23,7 +23,7 @@ from passes.lowering.operation import (
     scaled,
     shape_of,
 )
-from passes.torch_ops import name_of
+from passes.torch_ops import name_of, writes_in_place
 
 _ACTIVATION_LAYERS: dict[type[nn.Module], Callable[[Any], tuple[str, float, float]]] = {
     nn.ReLU: lambda m: ("relu", 0.0, 0.0),
@@ -90,11 +90,8 @@ def _fits(found: Operation, node: fx.Node) -> bool:
 
 def overwrites(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node writes into a value that others read."""
-    name = name_of(node)
     layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    inplace = getattr(layer, "inplace", False) or node.kwargs.get("inplace") or name in ("iadd", "imul")
-    inplace = inplace or (node.op != "call_module" and name.endswith("_") and not name.endswith("__"))
-    return bool(inplace) and any(len(n.users) > 1 for n in node.all_input_nodes)
+    return writes_in_place(node, layer) and any(len(n.users) > 1 for n in node.all_input_nodes)
 
 
 def _layer(layer: Any, node: fx.Node) -> Operation | None:

@@ -15,11 +15,10 @@ from passes.lowering.costs import CALL, COPIED, Machine, choose, torch_cycles
 from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
 from passes.lowering.memory import Planes
-from passes.lowering.program import Op, Program
+from passes.lowering.program import SUMS, Op, Program
 from passes.lowering.windows import Unsupported, Window, window_of
 
 _SHARED = ("channels", "flatten", "permute", "adaptive_pool")  # whose results are planes of their inputs
-_SUMS = ("conv", "linear")
 _SLACK = 4096  # numbers after the last plane that vectors may read
 _PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
@@ -122,7 +121,7 @@ class _Planner:
             planes.append(self._shared(op))
         else:
             planes.append(self._overwritten(number, op) or self._emitter.new(number))
-            self._convolve(number, op) if op.kind in _SUMS else self._compute(number, op)
+            self._convolve(number, op) if op.kind in SUMS else self._compute(number, op)
 
     def _shared(self, op: Op) -> Planes:
         """Return the result of an operation that only says which planes are meant."""
@@ -140,8 +139,8 @@ class _Planner:
         """Return the planes of an operand that lies as the result does and that nothing reads any more."""
         emitter = self._emitter
         # Of what a layer sums up, other outputs need every pixel; what is added to a sum is read where the sum is written.
-        candidates = [x for x in op.inputs[1:] if x != op.inputs[0]] if op.kind in _SUMS else op.inputs
-        for x in candidates if op.kind in (*_SUMS, "add", "multiply", "activation") else ():
+        candidates = [x for x in op.inputs[1:] if x != op.inputs[0]] if op.kind in SUMS else op.inputs
+        for x in candidates if op.kind in (*SUMS, "add", "multiply", "activation") else ():
             alike = emitter.shapes[x] == emitter.shapes[number] and emitter.grids[x] == emitter.grids[number]
             if alike and len(emitter.planes[x].buffers) == 1 and self._last_use[x] == number:
                 return emitter.planes[x]
@@ -184,9 +183,10 @@ class _Planner:
         phases = 1 if window.direct else len(window.phases(0)) * len(window.phases(1))
         mask, groups = mask_of(weight, self._bits), (op.options or {}).get("groups", 1)
         flat = (shape.rows - 1) * lying.pitch + shape.columns
-        work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=lying.distance == 1)
+        single = lying.distance == 1  # planes are one pixel
+        work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=single)
         dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
-        kernel = "dots" if work.single else {1: "sparse", 4: "shared"}[work.group]
+        kernel = "dots" if single else {1: "sparse", 4: "shared"}[work.group]
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
         kept = kept_weights(weight, self._values, mask, work.group)
         order = order_of(kept, shape.channels // work.group, work.channels, work.chunk_weights, work.chunks)
@@ -197,13 +197,13 @@ class _Planner:
         shifts = place[kept.taps][order.order]
         vectors, chunks = -(-flat // self._machine.lanes), len(order.chunk_groups) - 1
         fields = {"group": work.group, "blocks": order.blocks, "chunks": chunks, "grain": work.vectors}
-        fields |= {"items": chunks * (1 if work.single else -(-vectors // work.vectors)), "bias": self._bias(op)}
+        fields |= {"items": chunks * (1 if single else -(-vectors // work.vectors)), "bias": self._bias(op)}
         fields |= {"chunk_groups": order.chunk_groups, "starts": order.starts}
         fields |= {"values": np.ascontiguousarray(kept.values[order.order])}
         fields |= {"offsets": lambda: (source.offsets()[planes] + shifts).astype(np.int32)}
         fields |= {"other": emitter.planes[op.inputs[1]]} if len(op.inputs) > 1 else {}
         emitter.memory.use(source)
-        emitter.step(Kind.DOTS if work.single else Kind.CONVOLVE, emitter.planes[number], shape, lying, fields, op)
+        emitter.step(Kind.DOTS if single else Kind.CONVOLVE, emitter.planes[number], shape, lying, fields, op)
 
 
 def _last_uses(program: Program) -> dict[int, int | None]:

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+SUMS = ("conv", "linear")  # the operations that sum up weights times inputs
+
 
 @dataclass(frozen=True)
 class Weight:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.capture.captured import is_there
 from passes.counting.recorder import thawed
 from passes.lowering.build import build
 from passes.lowering.grouping import groups_of
 from passes.lowering.operation import Operation
 from passes.lowering.operations import operation_of, overwrites
+from passes.lowering.program import SUMS
 from passes.lowering.segment import Segment
 from passes.torch_ops import is_view
-
-_LAYERS = ("conv", "linear")
 
 
 def cut(module: nn.Module, graph: fx.Graph) -> list[tuple[list[fx.Node], dict[fx.Node, Operation]]]:
@@ -34,7 +34,7 @@ def cut(module: nn.Module, graph: fx.Graph) -> list[tuple[list[fx.Node], dict[fx
     known = {node: found for node in graph.nodes if (found := operation_of(module, node))}
     known = {node: found for node, found in known.items() if not changing & {node, *node.all_input_nodes}}
     groups = groups_of(graph, known)
-    return [(nodes, known) for nodes in groups if any(known[node].kind in _LAYERS for node in nodes)]
+    return [(nodes, known) for nodes in groups if any(known[node].kind in SUMS for node in nodes)]
 
 
 def _changing(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
@@ -110,17 +110,9 @@ def _take_off(module: nn.Module, graph: fx.Graph) -> None:
     called = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
     for path, _ in [*module.named_modules()]:
         inside = any(target == path or target.startswith(f"{path}.") or path.startswith(f"{target}.") for target in called)
-        if path and not inside and _exists(module, path):
+        if path and not inside and is_there(module, path):
             parent, _, name = path.rpartition(".")
             delattr(module.get_submodule(parent), name)
-
-
-def _exists(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _sort(graph: fx.Graph, place: Mapping[fx.Node, int]) -> None:

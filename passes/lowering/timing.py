@@ -23,13 +23,11 @@ class LayerTime:
 
     Attributes:
         choice: which kernel, and what was predicted.
-        shape: of its weight.
         seconds: for one image, with what is fused into it and what is moved for it.
         torch_seconds: of torch for the same, dense, on all images, divided by their number.
     """
 
     choice: Choice
-    shape: tuple[int, ...]
     seconds: float
     torch_seconds: float
 
@@ -82,5 +80,4 @@ def _segment_times(segment: Segment, plan: Plan, inputs: list[Tensor], repeats: 
             by_name[name] += waiting
             waiting = 0.0
     dense_seconds = dict(zip((op.name for op in program.ops), np.median(theirs[1:], 0) / plan.images, strict=True))
-    shapes = {op.name: op.weight.shape for op in program.ops if op.weight}
-    return [LayerTime(c, shapes[c.name], by_name[c.name], float(dense_seconds[c.name])) for c in plan.choices]
+    return [LayerTime(c, by_name[c.name], float(dense_seconds[c.name])) for c in plan.choices]

@@ -160,7 +160,7 @@ def speed_report(
         layers.append(LayerSpeed(path, float((weight != 0).float().mean()), "torch", why))
     return SpeedReport(
         model=type(model).__name__,
-        machine=_processor(),
+        machine=processor(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         dense_ms=1e3 * median(times[0][1:]),
@@ -169,8 +169,8 @@ def speed_report(
     )
 
 
-def _processor() -> str:
-    """Return the name of the processor."""
+def processor() -> str:
+    """Return the name of the processor, and the instructions that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -2,7 +2,7 @@
 //
 // Activations of one image lie in an arena of floats. A plane holds one channel: `rows` rows of `columns` pixels, `pitch` floats
 // apart, so that a row of pixels, and what lies between it and the next, is one run of numbers that vectors go along. Whatever
-// is around the pixels is set to `fill` by the step that writes them: it is the padding of those that read them.
+// is around the pixels is set to 0 by the step that writes them: it is the padding of those that read them.
 #pragma once
 
 #include <algorithm>
@@ -25,12 +25,12 @@ struct Step {
   const int32_t *source;  // [channels] likewise of what is read
   const int32_t *other;   // [channels] of a second operand, or null
   int64_t activation;
-  float low, high, fill, epsilon;
+  float low, high, epsilon;
   int64_t even;           // the second operand has one number a plane; planes that are written to a tensor are evenly apart
   // Of what is read and has a grid of its own, and of tensors outside the arena: distances in floats.
   int64_t outside;        // which tensor
   int64_t image_stride, channel_stride, row_stride, column_stride;
-  const int32_t *boxes;   // [channels][4] first and last + 1 row, and column, that are read; others are fill
+  const int32_t *boxes;   // [channels][4] first and last + 1 row, and column, that are read; others are 0
   int64_t source_rows, source_columns, source_pitch;
   const int32_t *window;  // [8] kernel, stride, padding and dilation of rows, then of columns
   // Convolutions: sums over kept weights. `group` outputs, 1 or 4, that share a pattern follow each other in target and bias.
@@ -70,19 +70,19 @@ inline void store_within(const Step &step, float *to, Vector value) {
 
 // Set what is around the pixels between two positions.
 inline void frame(const Step &step, float *plane, int64_t begin, int64_t end, const Gaps &gaps) {
-  if (begin == 0) std::fill(plane - step.lead, plane, step.fill);
-  for (int i = 0; i < gaps.count; ++i) plane[gaps.places[i]] = step.fill;
-  if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, step.fill);
+  if (begin == 0) std::fill(plane - step.lead, plane, 0.f);
+  for (int i = 0; i < gaps.count; ++i) plane[gaps.places[i]] = 0.f;
+  if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, 0.f);
 }
 
 // The same for positions that may be many.
 inline void frame(const Step &step, float *plane, int64_t begin, int64_t end) {
-  if (begin == 0) std::fill(plane - step.lead, plane, step.fill);
+  if (begin == 0) std::fill(plane - step.lead, plane, 0.f);
   for (int64_t row = begin / step.pitch; row + 1 < step.rows && row * step.pitch < end; ++row) {
     const int64_t from = std::max(row * step.pitch + step.columns, begin), to = std::min((row + 1) * step.pitch, end);
-    if (from < to) std::fill(plane + from, plane + to, step.fill);
+    if (from < to) std::fill(plane + from, plane + to, 0.f);
   }
-  if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, step.fill);
+  if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, 0.f);
 }
 
 inline void frame(const Step &step, float *plane) { frame(step, plane, 0, length(step)); }
@@ -125,18 +125,18 @@ inline void copy_planes(const Step &step, const float *from, float *arena, int64
     for (int64_t row = 0; row < step.rows; ++row) {
       float *to = plane + row * step.pitch;
       if (row < box[0] || row >= box[1]) {
-        std::fill(to, to + step.columns, step.fill);
+        std::fill(to, to + step.columns, 0.f);
         continue;
       }
       const float *line = source + row * step.row_stride;
-      std::fill(to, to + box[2], step.fill);
+      std::fill(to, to + box[2], 0.f);
       if (step.column_stride == 1)
         std::copy(line + box[2], line + box[3], to + box[2]);
       else if (step.column_stride == 2)
         copy_evens(line + 2 * box[2], to + box[2], box[3] - box[2]);
       else
         for (int64_t column = box[2]; column < box[3]; ++column) to[column] = line[column * step.column_stride];
-      std::fill(to + box[3], to + step.columns, step.fill);
+      std::fill(to + box[3], to + step.columns, 0.f);
     }
     frame(step, plane);
   }
