@@ -24,8 +24,8 @@ test: install  ## the whole gate
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tests/check_wheel.py
 
-sweep: install  ## every combination that the gate samples, in about ten minutes
-	$(BIN)/python -m pytest -n 2 -m sweep tests/test_matrix.py
+sweep: install  ## every combination and every model that the gate samples, in about half an hour
+	$(BIN)/python -m pytest -n 2 -m sweep tests
 
 format: install
 	$(BIN)/ruff check --fix .

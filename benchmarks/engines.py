@@ -1,8 +1,9 @@
 """Inference: a lowered sparse network against the engines that people use, side by side.
 
-Every round runs every engine twice, of which the second counts, in an order that turns from round to round. Everything is
-float32 on as many threads as torch has, but for one column: OpenVINO in the number format that it chooses itself. DeepSparse
-runs in an environment of its own, `.venv-deepsparse`, and answers over a pipe. ONNX files hold the folded model with its zeros.
+Every round runs every engine in an order that turns from round to round; what takes less than half a second runs twice, and the
+second counts. A row takes as many rounds as fit into its time, three at least. Everything is float32 on as many threads as
+torch has, but for one column: OpenVINO in the number format that it chooses itself. DeepSparse runs in an environment of its
+own, `.venv-deepsparse`, and answers over a pipe. ONNX files hold the folded model with its zeros.
 """
 
 import argparse
@@ -38,6 +39,8 @@ VENV = HERE.parent / ".venv-deepsparse"
 RESULTS = HERE / "RESULTS.md"
 HEADING = "## Inference: lowered models against engines"
 PAUSE = 0.03  # seconds, in which threads of the engine before stop spinning
+LEAST = 3  # rounds
+SLOW = 0.5  # seconds, beside which a first run matters little
 _DEEPSPARSE = """
 import sys, time, warnings
 import numpy as np
@@ -157,9 +160,12 @@ def _ask(worker: "subprocess.Popen[str]") -> float:
 
 @torch.no_grad()
 def measure(
-    name: str, density: float, distribution: str, batch: int, rounds: int, peers: bool
+    name: str, density: float, distribution: str, batch: int, budget: float, peers: bool
 ) -> dict[str, tuple[float, float]]:
-    """Return for every engine the median milliseconds for one input, and the median of its time over ours of the same round."""
+    """Return for every engine the median milliseconds for one input, and the median of its time over ours of the same round.
+
+    Rounds end after `budget` seconds.
+    """
     torch.manual_seed(0)
     torch.compiler.reset()
     make, inputs = MODELS[name]
@@ -167,15 +173,17 @@ def measure(
     model = sparsify(make(), density, distribution, method="static", init="fan_in").eval()
     seconds: dict[str, list[float]] = {}
     with engines(model, x, peers) as calls:
-        names = list(calls)
-        for turn in range(rounds + 1):  # the first one warms up
+        names, started, turn = list(calls), time.perf_counter(), 0
+        while turn <= LEAST or time.perf_counter() - started < budget:  # the first one warms up
             for engine in names[turn % len(names) :] + names[: turn % len(names)]:
                 time.sleep(PAUSE)
-                calls[engine]()
+                if seconds.get(engine, [0])[-1] < SLOW:
+                    calls[engine]()
                 begin = time.perf_counter()
                 own = calls[engine]()
                 taken = time.perf_counter() - begin
                 seconds.setdefault(engine, []).append(own if isinstance(own, float) else taken)
+            turn += 1
     ours = seconds["ours"][1:]
     return {
         engine: (1e3 * median(taken[1:]) / batch, median(t / o for t, o in zip(taken[1:], ours, strict=True)))
@@ -200,26 +208,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05, 0.02])
-    parser.add_argument("--distributions", nargs="+", default=["uniform"])
+    parser.add_argument("--distributions", nargs="+", help="uniform where not given, and erk of ResNet-50")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the rounds of a row")
     parser.add_argument("--no-peer", action="store_true", help="leave DeepSparse out")
     parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
     for name in args.models:
-        for distribution in args.distributions:
+        for distribution in args.distributions or ("uniform", *(("erk",) if name == "resnet50" else ())):
             for density in args.densities:
                 for batch in args.batches:
                     row = f"{name}, {distribution} {density:g}, batch {batch}"
                     print(row, file=sys.stderr, flush=True)
-                    rows.append((row, measure(name, density, distribution, batch, args.rounds, not args.no_peer)))
-    facts = f"{processor()}, {torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}, "
+                    rows.append((row, measure(name, density, distribution, batch, args.seconds, not args.no_peer)))
+                    _report(rows, args.seconds, args.write)
+
+
+def _report(rows: list[tuple[str, dict[str, tuple[float, float]]]], seconds: float, write: bool) -> None:
+    """Print the rows so far, and write them into RESULTS.md."""
+    facts = f"{processor()}, {torch.get_num_threads()} threads, {seconds:g} s a row, torch {torch.__version__}, "
     facts += f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}"
     text = f"{HEADING}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
     print(text)
-    if args.write:
+    if write:
         before = RESULTS.read_text().partition(HEADING)[0].rstrip()
         RESULTS.write_text(f"{before}\n\n{text}")
 

@@ -1,5 +1,8 @@
 """Models for tests: small nets that show one thing each, and torchvision's zoo."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +57,11 @@ def size(name: str) -> int:
 FAMILIES = [models.get_model_builder(name).__module__ for name in ZOO]
 SMALLEST = {min((n for n, f in zip(ZOO, FAMILIES, strict=True) if f == family), key=size) for family in FAMILIES}
 SMALLEST -= {"mvit_v2_s", "s3d"}  # which take nothing smaller than 16 frames of 224 x 224
+
+
+def swept(names: list[str]) -> list[Any]:
+    """Return names as parameters of a test that the gate runs for the smallest model of a family, `make sweep` for all."""
+    return [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.sweep) for name in names]
 
 
 def input_shape(name: str, small: bool = False) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SMALLEST, SmallNet, input_shape, training_loss
+from models import SMALLEST, SmallNet, input_shape, swept, training_loss
 from networks import CharGRU, WideResNet22
 from torch import Tensor, nn
 from torchvision import models
@@ -19,7 +19,7 @@ def parameters(model: nn.Module) -> int:
 CLASSIFIERS = models.list_models(module=models)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", swept(CLASSIFIERS))
 def test_every_classifier_builds_and_trains(name: str) -> None:
     torch.manual_seed(0)
     model = load_model(name, device="cpu" if name in SMALLEST else "meta")

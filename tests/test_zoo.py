@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, WHOLE, ZOO, input_shape, size, training_loss
+from models import SMALLEST, WHOLE, ZOO, input_shape, size, swept, training_loss
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,7 +93,7 @@ def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", swept(ZOO))
 def test_training_changes_only_what_it_may(name: str) -> None:
     """On values, an ordinary step and an update; on shapes, for the larger ones of a family, an update alone."""
     on_values = name not in WHOLE or (name in SMALLEST and size(name) < LARGE_TO_TRAIN)
