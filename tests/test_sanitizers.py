@@ -13,8 +13,8 @@ from test_native_kernels import IMAGES, thin
 from torch import Tensor, nn
 
 from passes.kernels import compiler
+from passes.kernels.costs import Machine
 from passes.kernels.steps import Step
-from passes.lowering.costs import Machine
 from passes.lowering.plan import plan
 from passes.lowering.program import Program
 from passes.lowering.segment import Segment

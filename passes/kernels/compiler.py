@@ -130,6 +130,9 @@ def _load(path: Path) -> ctypes.CDLL:
         ("run", integer, (pointer, pointer, pointer, long, integer, pointer)),
         ("lanes", integer, ()),
         ("tile", integer, (integer,)),
+        ("cache", long, (integer,)),
+        ("sum", integer, (pointer, long, pointer, pointer, pointer, pointer, integer)),
+        ("sum_gradient", integer, (pointer, pointer, pointer, pointer, integer)),
     ):
         function = getattr(library, f"sparsify_{name}")
         function.restype, function.argtypes = result, arguments

@@ -47,38 +47,3 @@ def kept_weights(weight: Weight, values: np.ndarray, mask: np.ndarray, group: in
         dense[mask] = own
         found = dense.reshape(-1, group, mask.shape[1])[outputs, :, rest]
     return Kept(group, outputs, rest // taps, rest % taps, np.ascontiguousarray(found))
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of a convolution's work: `Step` in native/steps.h says what the tables are."""
-
-    blocks: int
-    chunk_groups: np.ndarray
-    starts: np.ndarray
-    order: np.ndarray  # of the kept weights
-
-
-def order_of(kept: Kept, groups: int, channels: int, chunk_weights: float, chunks: int) -> Order:
-    """Return an order of kept weights.
-
-    Args:
-        kept: the weights.
-        groups: how many groups of outputs there are.
-        channels: input channels of a block, whose pixels stay in the nearest cache.
-        chunk_weights: the most weights of a chunk of outputs, which stay in the next cache.
-        chunks: at least so many chunks, with about as many weights each.
-    """
-    per_group = np.bincount(kept.outputs, minlength=groups) + 1.0
-    work = np.concatenate([[0.0], np.cumsum(per_group)])
-    count = min(groups, max(chunks, int(-(-work[-1] // chunk_weights))))
-    chunk_groups = np.unique(np.searchsorted(work, np.linspace(0, work[-1], count + 1)[1:-1]))
-    chunk_groups = np.unique(np.concatenate([[0], chunk_groups, [groups]])).astype(np.int32)
-    block = kept.inputs // channels
-    blocks = int(block.max(initial=0)) + 1
-    chunk = np.searchsorted(chunk_groups, kept.outputs, side="right") - 1
-    sizes = np.diff(chunk_groups)
-    cell = chunk_groups[chunk].astype(np.int64) * blocks + block * sizes[chunk] + kept.outputs - chunk_groups[chunk]
-    order = np.argsort(cell, kind="stable") if blocks > 1 else np.arange(len(cell))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=groups * blocks))]).astype(np.int32)
-    return Order(blocks, chunk_groups, starts, order)

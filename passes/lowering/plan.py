@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from passes.kernels.compiler import threads
+from passes.kernels.costs import CALL, COPIED, Machine, choose, torch_cycles
+from passes.kernels.order import order_of
 from passes.kernels.steps import Kind, NativePlan
-from passes.lowering.arrange import kept_weights, mask_of, order_of
-from passes.lowering.costs import CALL, COPIED, Machine, choose, torch_cycles
+from passes.lowering.arrange import kept_weights, mask_of
 from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
 from passes.lowering.memory import Planes
@@ -189,7 +190,9 @@ class _Planner:
         kernel = "dots" if single else {1: "sparse", 4: "shared"}[work.group]
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
         kept = kept_weights(weight, self._values, mask, work.group)
-        order = order_of(kept, shape.channels // work.group, work.channels, work.chunk_weights, work.chunks)
+        order = order_of(
+            kept.outputs, kept.inputs, shape.channels // work.group, work.channels, work.chunk_weights, work.chunks
+        )
         # Where the pixels lie that a weight multiplies.
         channels = kept.inputs + kept.outputs * work.group // (shape.channels // groups) * weight.shape[1]
         phase, place = (np.array(column) for column in zip(*window.places(at.pitch), strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from passes.kernels.compiler import native
-from passes.lowering.costs import this_machine
+from passes.kernels.costs import this_machine
 from passes.lowering.interpret import interpret
 from passes.lowering.plan import Plan, plan
 from passes.lowering.program import Program

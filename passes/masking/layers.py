@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from passes.capture.host import Host, container_methods, masked, run_reading
 from passes.capture.leaves import is_builtin
+from passes.masking.kernels import sparse_convolution, sparse_linear, sparse_mask
 from passes.masking.mask import PRODUCT
 
 
@@ -29,10 +30,14 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
+    if (mask := sparse_mask(self, input)) is not None:
+        return sparse_linear(self, input, mask)
     return F.linear(input, masked(self, "weight", PRODUCT), masked(self, "bias"))
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
+    if (mask := sparse_mask(self, input)) is not None:
+        return sparse_convolution(self, input, mask)
     role = PRODUCT if is_builtin(self) else None  # else _conv_forward may be the user's
     return self._conv_forward(input, masked(self, "weight", role), masked(self, "bias"))
 

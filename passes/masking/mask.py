@@ -43,6 +43,7 @@ class Mask(Guest):
     """
 
     mask: Tensor
+    kernels = "masked"  # what runs the layer in training: passes.masking.kernels
 
     def __init__(self, mask: Tensor, nonzeros: int) -> None:
         super().__init__()

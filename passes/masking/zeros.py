@@ -61,7 +61,7 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     integer = _INTEGERS.get(tensor.dtype) if alike else None
     if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         return False
-    if _is_plain(tensor) and _is_plain(mask) and (library := native()):
+    if is_plain(tensor) and is_plain(mask) and (library := native()):
         library.sparsify_zero_dropped(tensor.data_ptr(), mask.data_ptr(), tensor.numel(), tensor.element_size(), threads())
         if not tensor.is_inference():
             increment_version(tensor)
@@ -76,7 +76,7 @@ def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     return True
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is its memory: not fake, nor wrapped by a transform."""
     return type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
 

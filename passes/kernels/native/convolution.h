@@ -8,8 +8,6 @@
 
 namespace sparsify {
 
-#define UNROLLED _Pragma("GCC unroll 32")  // what is in registers must be known by name
-
 // Sums of `Group` outputs over `Size` vectors of pixels.
 template <int Group, int Size>
 struct Sums {

@@ -1,8 +1,10 @@
 // Native loops: a plain C interface and none of torch's headers, so that they compile in seconds.
 
 #include <cstdlib>
+#include <unistd.h>
 
 #include "plan.h"
+#include "sums.h"
 #include "zeroing.h"
 
 using namespace sparsify;
@@ -14,6 +16,15 @@ int32_t sparsify_use_threads_of(const char *path) { return use_threads_of(path);
 
 int32_t sparsify_lanes() { return kLanes; }
 int32_t sparsify_tile(int32_t group) { return tile_size(group); }
+
+// Bytes of a cache of one core, 0 where the system does not say.
+int64_t sparsify_cache(int32_t level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  return std::max(0L, sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));
+#else
+  return level * 0;
+#endif
+}
 
 // Set values to 0, bit by bit, where the mask is 0. `width` is the size of one in bytes: 2, 4 or 8.
 void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int32_t width, int32_t threads) {
@@ -36,6 +47,28 @@ int32_t sparsify_run(void *plan, const float *const *inputs, float *const *outpu
                      double *seconds) {
   try {
     static_cast<Plan *>(plan)->run(inputs, outputs, images, threads, seconds);
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
+
+// target = bias + the sum over kept weights of weight * source, in `count` parts; `bias` may be null. Returns 1 where there is
+// not enough memory.
+int32_t sparsify_sum(const Sum *sums, int64_t count, const float *source, float *target, const float *weight, const float *bias,
+                     int32_t threads) {
+  try {
+    sparsify::sum(sums, count, source, target, weight, bias, threads);
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
+
+// The gradient of the dense weight, of that of the target: 0 where nothing is kept.
+int32_t sparsify_sum_gradient(const Sum *sum, const float *source, const float *target, float *weight, int32_t threads) {
+  try {
+    sum_gradient(*sum, source, target, weight, threads);
     return 0;
   } catch (const std::bad_alloc &) {
     return 1;

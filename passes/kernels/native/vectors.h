@@ -6,6 +6,8 @@
 
 namespace sparsify {
 
+#define UNROLLED _Pragma("GCC unroll 32")  // what is in registers must be known by name
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kSums = 28;  // floats in a vector; vectors of sums that stay in registers
 #elif defined(__AVX__)
@@ -37,6 +39,25 @@ inline To bits(From value) {
   return result;
 }
 
+// Where numbers come from, in memory: GCC builds what a loop says anew for every use.
+struct Places {
+  alignas(64) int32_t evens[kLanes] = {};
+  alignas(64) int32_t turned[kLanes][kLanes] = {};  // by 1, 2, 4 and so on numbers, each half with the other
+
+  constexpr Places() {
+    for (int i = 0; i < kLanes; ++i) evens[i] = 2 * i;
+    for (int half = 1; half < kLanes; half *= 2)
+      for (int i = 0; i < kLanes; ++i) turned[half][i] = i ^ half;
+  }
+};
+constexpr Places kPlaces;
+
+inline Integers places_at(const int32_t *from) {
+  Integers places;
+  std::memcpy(&places, from, sizeof places);
+  return places;
+}
+
 // Every other number of two vectors.
 inline Vector evens(Vector a, Vector b) {
 #if defined(__clang__)
@@ -44,9 +65,20 @@ inline Vector evens(Vector a, Vector b) {
   if constexpr (kLanes == 8) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #else
-  Integers places;
-  for (int i = 0; i < kLanes; ++i) places[i] = 2 * i;
-  return __builtin_shuffle(a, b, places);
+  return __builtin_shuffle(a, b, places_at(kPlaces.evens));
+#endif
+}
+
+// The sum of the numbers of a vector.
+inline float across(Vector x) {
+#if defined(__clang__)
+  float numbers[kLanes], sum = 0;
+  store(numbers, x);
+  UNROLLED for (int i = 0; i < kLanes; ++i) sum += numbers[i];
+  return sum;
+#else
+  UNROLLED for (int half = kLanes / 2; half; half /= 2) x += __builtin_shuffle(x, places_at(kPlaces.turned[half]));
+  return x[0];
 #endif
 }
 

@@ -1,7 +1,6 @@
 """Costs: how a convolution is cut into pieces, and which kernel is the fastest, from a model of the machine."""
 
 import ctypes
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,20 +16,20 @@ class Machine:
         lanes: numbers in a vector.
         tiles: how many vectors of pixels a tile has at most, by how many outputs share a pattern.
         cache: bytes of the nearest cache.
+        next_cache: bytes of the one behind it.
     """
 
     lanes: int
     tiles: dict[int, int]
     cache: int
+    next_cache: int = 1 << 20
 
 
 def this_machine(library: ctypes.CDLL) -> Machine:
     """Return the machine at hand, for which a native library was compiled."""
-    try:
-        cache = os.sysconf("SC_LEVEL1_DCACHE_SIZE")
-    except (ValueError, OSError):
-        cache = 0
-    return Machine(library.sparsify_lanes(), {group: library.sparsify_tile(group) for group in (1, 4)}, cache or 32768)
+    tiles = {group: library.sparsify_tile(group) for group in (1, 4)}
+    first, second = library.sparsify_cache(1), library.sparsify_cache(2)
+    return Machine(library.sparsify_lanes(), tiles, first or 32768, min(second or 1 << 20, 1 << 21))
 
 
 @dataclass(frozen=True)
@@ -74,25 +73,64 @@ def choose(
     total = -(-flat // machine.lanes)
     group = _group(mask, groups)
     kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
-    height = shape[2] if len(shape) == 4 else 1
+    vectors, channels, cycles = cut(
+        machine,
+        kept,
+        shape[0] // group,
+        shape[1],
+        height=shape[2] if len(shape) == 4 else 1,
+        flat=flat,
+        pitch=pitch,
+        blocked=groups == 1,
+        group=group,
+    )
+    tiles = -(-total // vectors)
+    # Weights of a chunk stay in the next cache while tiles take turns.
+    chunk = np.inf if tiles == 1 else 16384
+    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), cycles)
+
+
+def cut(
+    machine: Machine,
+    kept: float,
+    outputs: float,
+    channels: int,
+    *,
+    height: int,
+    flat: int,
+    pitch: int,
+    blocked: bool = True,
+    group: int = 1,
+) -> tuple[int, int, float]:
+    """Return how a sum over kept weights is cut: vectors of pixels in a tile, input channels of a block, and about the cycles.
+
+    Args:
+        machine: what it runs on.
+        kept: weights, of as many outputs as share a pattern.
+        outputs: how many, by patterns.
+        channels: that each of them looks at.
+        height: rows of the kernel.
+        flat: numbers from the first pixel to the last.
+        pitch: numbers from one row to the next.
+        blocked: whether there may be several blocks.
+        group: outputs that share a pattern.
+    """
+    total = -(-flat // machine.lanes)
     # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
-    swept = min(1.0, kept * group / mask.size * np.prod(shape[2:]))
+    swept = min(1.0, kept / max(1.0, outputs * channels))
     best, found = np.inf, 1
     vectors = _tile(total, machine.tiles[group])
     run, tiles = vectors * machine.lanes, -(-total // vectors)
     reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
     load = 0.55 if group == 1 else 0.36 * group
-    for blocks in _blocks(shape[1]) if groups == 1 else (1,):
-        near = min(1.0, 0.9 * machine.cache * blocks / (reach * shape[1] / groups))
-        per_vector = load + (0.2 + 0.9 * swept) * (1 - near)
-        cells = blocks * shape[0] / group
-        cost = tiles * (cells * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
+    for blocks in _blocks(channels) if blocked else (1,):
+        near = min(1.0, 0.9 * machine.cache * blocks / (reach * channels))
+        behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach * channels))
+        per_vector = load + (0.2 + 0.9 * swept) * (1 - near) + 3 * behind
+        cost = tiles * (blocks * outputs * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
         if cost < best:
             best, found = cost, blocks
-    channels = -(-shape[1] // found) if groups == 1 else 1 << 30
-    # Weights of a chunk stay in the next cache while tiles take turns.
-    chunk = np.inf if tiles == 1 else 16384
-    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), float(best))
+    return vectors, -(-channels // found) if blocked else 1 << 30, float(best)
 
 
 def _tile(total: int, most: int) -> int:

@@ -1,0 +1,300 @@
+// Sums for training: over kept weights of runs of pixels, and for kept weights of products of two runs.
+//
+// Tensors lie as torch has them. A piece, some images or some rows of one, is copied into planes that fit the cache, with what
+// convolutions see around pixels set to 0: rows are `pitch` floats apart, images `height` rows, so that all positions of a piece,
+// and what lies between them, are one run of numbers that vectors go along. passes/kernels/sums.py has the same fields.
+#pragma once
+
+#include <vector>
+
+#include "convolution.h"
+#include "threads.h"
+#include "zeroing.h"
+
+namespace sparsify {
+
+struct Sum {
+  int64_t images, rows, columns, last_columns;  // of the target; its last row may be shorter
+  int64_t channels, source_rows, source_columns, source_image, source_channel, source_row, source_column;
+  int64_t outputs, target_image, target_channel, target_row, target_column;
+  int64_t stride_rows, stride_columns, phases;
+  const int32_t *shifts;  // [phases][2] first row and column of the source that is in the planes of a phase
+  int64_t above, below;   // rows that weights reach over
+  int64_t lead, pitch, height, distance;  // floats before the first pixel; to the next row; rows to the next image; plane
+  int64_t together, band;                 // images of a piece; rows of a piece, all where it is several images
+  int64_t tile;                           // vectors of positions
+  int64_t blocks, chunks, widest;         // of input channels; of outputs, with at most so many
+  int64_t by_chunk;                       // threads take chunks of all pieces, not pieces
+  const int32_t *chunk_outputs;           // [chunks + 1] first output
+  const int32_t *starts;                  // chunk by chunk, block by block, output by output: where its weights start
+  const int32_t *offsets;                 // [weights] of the pixel that a weight multiplies, in the planes
+  const int32_t *index;                   // [weights] of their numbers in the dense weight, ascending
+  const int32_t *place;                   // [weights] where each of these is in the order of `offsets`
+  int64_t weights, elements;              // kept, and in the dense weight
+  int64_t shift;                          // floats before the first of the target
+};
+
+struct Piece {
+  int64_t image, images, row, rows, run;
+
+  Piece(const Sum &s, int64_t number) {
+    const int64_t bands = (s.rows + s.band - 1) / s.band;
+    image = number / bands * s.together;
+    images = std::min(s.together, s.images - image);
+    row = number % bands * s.band;
+    rows = std::min(s.band, s.rows - row);
+    run = ((images - 1) * s.height + rows - 1) * s.pitch + s.columns;
+  }
+
+  static int64_t count(const Sum &s) {
+    return (s.rows + s.band - 1) / s.band * ((s.images + s.together - 1) / s.together);
+  }
+};
+
+// Memory of a thread, which it keeps for the next call.
+inline float *scratch(int which, int64_t floats) {
+  thread_local std::vector<float> memory[3];
+  if (static_cast<int64_t>(memory[which].size()) < floats + 16) memory[which] = std::vector<float>(floats + 16);
+  return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
+}
+
+inline void copy_run(const float *from, int64_t step, float *to, int64_t count) {
+  if (step == 2) return copy_evens(from, to, count);
+  if (step != 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// Copy a piece of the source into planes; what is around pixels is 0 already.
+inline void pack(const Sum &s, const Piece &p, const float *source, float *planes) {
+  const bool part = s.band < s.rows;
+  for (int64_t phase = 0; phase < s.phases; ++phase) {
+    const int64_t y0 = s.shifts[2 * phase], x0 = s.shifts[2 * phase + 1], step = s.stride_columns * s.source_column;
+    const int64_t high = (s.source_rows - y0 + s.stride_rows - 1) / s.stride_rows;
+    const int64_t wide = (s.source_columns - x0 + s.stride_columns - 1) / s.stride_columns;
+    for (int64_t i = 0; i < p.images; ++i) {
+      const float *image = source + (p.image + i) * s.source_image + y0 * s.source_row + x0 * s.source_column;
+      for (int64_t y = part ? -s.above : 0; y < (part ? p.rows + s.below : high); ++y) {
+        float *to = planes + phase * s.distance + s.lead + (i * s.height + y) * s.pitch;
+        const int64_t row = p.row + y, count = row == s.rows - 1 ? wide - s.columns + s.last_columns : wide;
+        const float *from = image + row * s.stride_rows * s.source_row;
+        const bool there = row >= 0 && row < high;
+        if (there && s.source_channel == 1 && step != 1) {
+          transpose(from, step, count, s.channels, to, s.phases * s.distance);
+          continue;
+        }
+        for (int64_t c = 0; c < s.channels; ++c, to += s.phases * s.distance, from += s.source_channel)
+          if (there)
+            copy_run(from, step, to, count);
+          else
+            std::fill(to, to + wide, 0.f);
+      }
+    }
+  }
+}
+
+// Copy the positions of a tile, [outputs][stride], to the target, or from it.
+template <bool Out>
+void exchange(const Sum &s, const Piece &p, float *target, float *tile, int64_t stride, int64_t outputs, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end;) {
+    const int64_t line = at / s.pitch, column = at % s.pitch, image = line / s.height, row = line % s.height;
+    const int64_t next = std::min(end, (line + 1) * s.pitch);
+    const int64_t columns = p.row + row == s.rows - 1 ? s.last_columns : s.columns;
+    if (row < p.rows && column < columns) {
+      const int64_t count = std::min(columns - column, next - at), step = s.target_column;
+      float *to = target + (p.image + image) * s.target_image + (p.row + row) * s.target_row + column * step;
+      float *from = tile + at - begin;
+      if (s.target_channel == 1 && step != 1) {
+        if (Out)
+          transpose(from, stride, outputs, count, to, step);
+        else
+          transpose(to, step, count, outputs, from, stride);
+      } else {
+        for (int64_t o = 0; o < outputs; ++o, to += s.target_channel, from += stride)
+          if (!Out)
+            copy_run(to, step, from, count);
+          else if (step == 1)
+            copy_run(from, 1, to, count);
+          else
+            for (int64_t x = 0; x < count; ++x) to[x * step] = from[x];
+      }
+    }
+    at = next;
+  }
+}
+
+// Add up what the weights of a block give to a tile.
+template <int Size>
+void sum_tile(const float *pixels, float *tile, int64_t stride, const float *values, const float *bias, const int32_t *start,
+              const int32_t *offsets, int64_t outputs, bool first) {
+  constexpr int turns = Size < 3 ? 4 : Size < 6 ? 2 : 1;  // few sums wait for each other: so many sets of them
+  for (int64_t o = 0; o < outputs; ++o, ++start, tile += stride) {
+    if (!first && start[0] == start[1]) continue;
+    Sums<1, Size> sums[turns] = {};
+    UNROLLED for (int v = 0; v < Size; ++v)
+      sums[0].values[0][v] = first ? splat(bias ? bias[o] : 0.f) : load(tile + v * kLanes);
+    int32_t k = start[0];
+    for (; k + turns <= start[1]; k += turns) {
+      UNROLLED for (int i = 0; i < turns; ++i) sums[i].add(values + k + i, pixels + offsets[k + i]);
+    }
+    if constexpr (turns > 1)
+      for (; k < start[1]; ++k) sums[0].add(values + k, pixels + offsets[k]);
+    UNROLLED for (int v = 0; v < Size; ++v) {
+      UNROLLED for (int i = 1; i < turns; ++i) sums[0].values[0][v] += sums[i].values[0][v];
+      store(tile + v * kLanes, sums[0].values[0][v]);
+    }
+  }
+}
+
+// The products of `Weights` runs of the source with one of the target's gradient, lane by lane.
+template <int Size, int Weights>
+std::array<Vector, Weights> products(const Vector *gradient, const float *pixels, const int32_t *offsets) {
+  std::array<Vector, Weights> even = {}, odd = {};
+  UNROLLED for (int v = 0; v < Size; ++v) {
+    UNROLLED for (int w = 0; w < Weights; ++w)
+      (v % 2 ? odd : even)[w] += gradient[v] * load(pixels + offsets[w] + v * kLanes);
+  }
+  UNROLLED for (int w = 0; w < Weights; ++w) even[w] += odd[w];
+  return even;
+}
+
+// For every weight of a block, add the products of a tile: lane by lane to `partial`, or all together to `found` without one.
+template <int Size>
+void gradient_tile(const float *pixels, const float *tile, int64_t stride, float *partial, float *found, const int32_t *start,
+                   const int32_t *offsets, int64_t outputs) {
+  constexpr int turns = 4;
+  const int32_t base = start[0];
+  for (int64_t o = 0; o < outputs; ++o, ++start, tile += stride) {
+    Vector gradient[Size];
+    UNROLLED for (int v = 0; v < Size; ++v) gradient[v] = load(tile + v * kLanes);
+    const auto add = [&](int32_t k, const auto &sums) {
+      UNROLLED for (size_t w = 0; w < sums.size(); ++w) {
+        float *to = partial + (k - base + w) * kLanes;
+        if (partial)
+          store(to, load(to) + sums[w]);
+        else
+          found[k - base + w] += across(sums[w]);
+      }
+    };
+    int32_t k = start[0];
+    for (; k + turns <= start[1]; k += turns) add(k, products<Size, turns>(gradient, pixels, offsets + k));
+    for (; k < start[1]; ++k) add(k, products<Size, 1>(gradient, pixels, offsets + k));
+  }
+}
+
+template <int... Sizes>
+constexpr auto sum_tiles(std::integer_sequence<int, Sizes...>) {
+  return std::array{sum_tile<Sizes + 1>...};
+}
+template <int... Sizes>
+constexpr auto gradient_tiles(std::integer_sequence<int, Sizes...>) {
+  return std::array{gradient_tile<Sizes + 1>...};
+}
+constexpr auto kSumTiles = sum_tiles(std::make_integer_sequence<int, tile_size(1)>());
+constexpr auto kGradientTiles = gradient_tiles(std::make_integer_sequence<int, tile_size(1)>());
+
+// What a thread does is the same in every call with as many threads, so that results are the same to the bit.
+struct Range {
+  int64_t begin, end;
+
+  Range(int64_t all, bool shared, int64_t thread, int64_t team)
+      : begin(shared ? all * thread / team : 0), end(shared ? all * (thread + 1) / team : all) {}
+};
+
+inline Range pieces_of(const Sum &s, int thread, int team) { return {Piece::count(s), !s.by_chunk, thread, team}; }
+inline Range chunks_of(const Sum &s, int thread, int team) { return {s.chunks, s.by_chunk != 0, thread, team}; }
+
+// The values of kept weights in the order of the sum.
+inline std::vector<float> values_of(const Sum &s, const float *weight, int32_t threads) {
+  std::vector<float> values(s.weights);
+  in_team(s.weights > kSerial ? threads : 1, [&](int64_t thread, int64_t team) {
+    for (int64_t i = s.weights * thread / team; i < s.weights * (thread + 1) / team; ++i)
+      values[s.place[i]] = weight[s.index[i]];
+  });
+  return values;
+}
+
+// The sums of a piece whose planes are there.
+inline void sum_piece(const Sum &s, const Piece &p, const Range &chunks, const float *planes, float *target,
+                      const std::vector<float> &values, const float *bias) {
+  const int64_t stride = s.tile * kLanes;
+  float *tile = scratch(1, s.widest * stride);
+  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    const int64_t first = s.chunk_outputs[chunk], outputs = s.chunk_outputs[chunk + 1] - first;
+    for (int64_t at = 0; at < p.run; at += stride) {
+      const int64_t end = std::min(at + stride, p.run), size = (end - at + kLanes - 1) / kLanes;
+      const int32_t *start = s.starts + first * s.blocks;
+      for (int64_t b = 0; b < s.blocks; ++b, start += outputs)
+        kSumTiles[size - 1](planes + at, tile, stride, values.data(), bias ? bias + first : nullptr, start, s.offsets, outputs,
+                            b == 0);
+      exchange<true>(s, p, target + s.shift + first * s.target_channel, tile, stride, outputs, at, end);
+    }
+  }
+}
+
+// target = bias + the sum over kept weights of weight * source, for `count` parts of a target that are sums over the same planes.
+inline void sum(const Sum *sums, int64_t count, const float *source, float *target, const float *weight, const float *bias,
+                int32_t threads) {
+  std::vector<std::vector<float>> values;
+  for (int64_t i = 0; i < count; ++i) values.push_back(values_of(sums[i], weight, threads));
+  in_team(threads, [&](int thread, int team) {
+    const Sum &s = sums[0];
+    const Range pieces = pieces_of(s, thread, team);
+    const int64_t floats = s.channels * s.phases * s.distance;
+    float *planes = scratch(0, floats);
+    std::fill(planes, planes + floats, 0.f);
+    for (int64_t number = pieces.begin; number < pieces.end; ++number) {
+      pack(s, Piece(s, number), source, planes);
+      for (int64_t i = 0; i < count; ++i)
+        sum_piece(sums[i], Piece(sums[i], number), chunks_of(sums[i], thread, team), planes, target, values[i], bias);
+    }
+  });
+}
+
+// The gradient of the dense weight, which is 0 where nothing is kept.
+inline void sum_gradient(const Sum &s, const float *source, const float *target, float *weight, int32_t threads) {
+  std::vector<std::vector<float>> found(threads);
+  in_team(threads, [&](int thread, int team) {
+    const Range pieces = pieces_of(s, thread, team), chunks = chunks_of(s, thread, team);
+    const int64_t floats = s.channels * s.phases * s.distance, step = s.tile * kLanes;
+    float *planes = scratch(0, floats);
+    std::fill(planes, planes + floats, 0.f);
+    found[thread].assign(s.weights, 0.f);
+    for (int64_t number = pieces.begin; number < pieces.end; ++number) {
+      const Piece p(s, number);
+      const int64_t stride = (p.run + kLanes - 1) / kLanes * kLanes;
+      pack(s, p, source, planes);
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const int64_t first = s.chunk_outputs[chunk], outputs = s.chunk_outputs[chunk + 1] - first;
+        float *gradients = scratch(1, outputs * stride);
+        std::fill(gradients, gradients + outputs * stride, 0.f);
+        exchange<false>(s, p, const_cast<float *>(target) + first * s.target_channel, gradients, stride, outputs, 0, p.run);
+        const int32_t *start = s.starts + first * s.blocks;
+        for (int64_t b = 0; b < s.blocks; ++b, start += outputs) {
+          const int64_t base = start[0], lanes = (start[outputs] - base) * kLanes;
+          float *own = found[thread].data() + base, *partial = stride > step ? scratch(2, lanes) : nullptr;
+          if (partial) std::fill(partial, partial + lanes, 0.f);
+          for (int64_t at = 0; at < stride; at += step)
+            kGradientTiles[std::min(step, stride - at) / kLanes - 1](planes + at, gradients + at, stride, partial, own, start,
+                                                                    s.offsets, outputs);
+          for (int64_t k = 0; partial && k < lanes / kLanes; ++k) own[k] += across(load(partial + k * kLanes));
+        }
+      }
+    }
+  });
+  in_team(s.elements > kSerial ? threads : 1, [&](int64_t thread, int64_t team) {
+    const int64_t begin = s.elements * thread / team, end = s.elements * (thread + 1) / team;
+    std::fill(weight + begin, weight + end, 0.f);
+    for (int64_t i = std::lower_bound(s.index, s.index + s.weights, begin) - s.index; i < s.weights && s.index[i] < end; ++i) {
+      float total = 0;
+      for (const auto &own : found) total += own.empty() ? 0.f : own[s.place[i]];
+      weight[s.index[i]] = total;
+    }
+  });
+}
+
+}  // namespace sparsify

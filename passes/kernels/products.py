@@ -1,0 +1,248 @@
+"""Products: a layer and its gradients with kept weights only, as operators of torch.
+
+`sparsify::convolve` computes what `torch.nn.functional.conv2d` does with the masked weight, and its gradients are those of the
+masked path: 0 for dropped weights, except in the step whose dense gradient decides growth, where torch computes that of the
+weight, and that alone. A linear layer is a convolution of an image one pixel high, whose channels lie innermost.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from passes.kernels.compiler import native, threads
+from passes.kernels.costs import Machine, this_machine
+from passes.kernels.sums import Kept, Lying, Prepared, Window, forward_sum, input_sum
+
+_SHAPES = 8  # of inputs, whose sums are kept for a mask
+_LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
+_WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
+_LIBRARY.define(f"convolve(Tensor x, Tensor weight, Tensor? bias, Tensor mask, {_WINDOW}, bool dense_gradient) -> Tensor")
+_LIBRARY.define(
+    f"convolve_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, {_WINDOW}, bool dense_gradient, bool[] wanted) "
+    "-> (Tensor, Tensor)"
+)
+
+
+@dataclass
+class _Sums:
+    """What was prepared for a mask, as it was at a version."""
+
+    version: int
+    kept: Kept
+    found: dict[Any, Prepared]  # by what is computed and on which shapes
+
+
+_PREPARED: Any = WeakTensorKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> Machine:
+    return this_machine(_native())
+
+
+def _native() -> ctypes.CDLL:
+    library = native()
+    if library is None:
+        raise RuntimeError("sparsify::convolve needs the native loops; kernels='masked' needs none.")
+    return library
+
+
+_MAKERS: dict[str, Any] = {
+    "output": forward_sum,
+    "input": input_sum,
+    "weight": functools.partial(forward_sum, gradient=True),
+}
+
+
+def _prepared(of: str, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
+    """Return the sums of a layer, made once for a mask and the shapes of input and output, until the mask is written to.
+
+    Args:
+        of: "output", or the gradient of the "input" or of the "weight".
+        mask: what is kept.
+        window: what it looks at.
+        x, y: input and output.
+    """
+    key = (of, window, Lying.of(x), Lying.of(y), threads())
+    version = 0 if mask.is_inference() else mask._version
+    with _LOCK:
+        sums = _PREPARED.get(mask)
+        if sums is None or sums.version != version:
+            sums = _PREPARED[mask] = _Sums(version, Kept.of(mask.numpy(), window.groups), {})
+        if key not in sums.found:
+            if len(sums.found) >= 3 * _SHAPES:
+                sums.found.pop(next(iter(sums.found)))
+            sums.found[key] = _MAKERS[of](sums.kept, _four(mask).shape[2:], window, key[2], key[3], _machine())
+        return sums.found[key]
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _four(weight: Tensor) -> Tensor:
+    """Return a weight with rows and columns: those of a linear layer are 1, and the rows of a convolution along one line."""
+    return weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
+
+
+def _window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Window:
+    return Window((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def _empty(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    shape = window.out(x.shape, _four(weight).shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+@torch.library.impl(_LIBRARY, "convolve", "CPU")
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dense_gradient: bool,
+) -> Tensor:
+    window = _window(stride, padding, dilation, groups)
+    x = x.contiguous(memory_format=_format(x))
+    y = _empty(x, weight, window)
+    bias = bias if bias is None else bias.contiguous()
+    _prepared("output", mask, window, x, y).run(_native(), x, y, weight.contiguous(), bias)
+    return y
+
+
+@torch.library.register_fake("sparsify::convolve", lib=_LIBRARY)
+def _fake(
+    x: Tensor, weight: Tensor, bias: Any, mask: Any, stride: Any, padding: Any, dilation: Any, groups: int, _: Any
+) -> Tensor:
+    return _empty(x, weight, _window(stride, padding, dilation, groups))
+
+
+@torch.library.impl(_LIBRARY, "convolve_backward", "CPU")
+def _convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dense_gradient: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    window = _window(stride, padding, dilation, groups)
+    x = x.contiguous(memory_format=_format(x))
+    grad = grad.contiguous(memory_format=_format(x))
+    of_x, of_weight = (torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip((x, weight), wanted, strict=True))
+    if wanted[0]:
+        _prepared("input", mask, window, x, grad).run(_native(), grad, of_x, weight.contiguous(), None)
+    if wanted[1] and dense_gradient:
+        four = _four(weight)
+        only = (False, True, False)
+        found = torch.ops.aten.convolution_backward(grad, x, four, None, stride, padding, dilation, False, [0, 0], groups, only)
+        of_weight = found[1].reshape(weight.shape)
+    elif wanted[1]:
+        of_weight = torch.empty(weight.shape)
+        _prepared("weight", mask, window, x, grad).gradient(_native(), x, grad, of_weight)
+    return of_x, of_weight
+
+
+@torch.library.register_fake("sparsify::convolve_backward", lib=_LIBRARY)
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wanted = rest[-1]
+    like = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return like if wanted[0] else x.new_empty(0), weight.new_empty(weight.shape if wanted[1] else 0)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, mask, *ctx.window, ctx.dense_gradient = inputs
+    ctx.save_for_backward(x, weight, mask)
+    ctx.has_bias = bias is not None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    of_bias = grad.sum((0, 2, 3)) if ctx.has_bias and needs[2] else None
+    if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
+        masked = torch.where(mask, weight, 0)
+        wanted = (needs[0], needs[1], False)
+        stride, padding, dilation, groups = ctx.window
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, _four(masked), None, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        if needs[1]:
+            of_weight = of_weight.reshape(weight.shape)
+            of_weight = of_weight if ctx.dense_gradient else torch.where(mask, of_weight, 0)
+    else:
+        wanted = (needs[0], needs[1])
+        of_x, of_weight = torch.ops.sparsify.convolve_backward(grad, x, weight, mask, *ctx.window, ctx.dense_gradient, wanted)
+    return of_x if needs[0] else None, of_weight if needs[1] else None, of_bias, *[None] * 6
+
+
+torch.library.register_autograd("sparsify::convolve", _gradients, setup_context=_remember, lib=_LIBRARY)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, window: Window, dense_gradient: bool) -> Tensor:
+    """Return a convolution with the kept weights of a mask.
+
+    Args:
+        x: (images, inputs, rows, columns) float32 on the CPU, contiguous or channels last.
+        weight: (outputs, inputs / groups, kernel rows, kernel columns); what the mask drops counts as 0.
+        bias: (outputs,), or None.
+        mask: bool, of the weight's shape.
+        window: what it looks at.
+        dense_gradient: whether the gradient of the weight is that of all its elements.
+
+    Returns:
+        (images, outputs, rows, columns), lying as x does.
+    """
+    numbers = (window.stride, window.padding, window.dilation, window.groups)
+    return torch.ops.sparsify.convolve(x, weight, bias, mask, *numbers, dense_gradient)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dense_gradient: bool) -> Tensor:
+    """Return a linear layer with the kept weights of a mask.
+
+    Args:
+        x: (..., inputs) float32 on the CPU.
+        weight: (outputs, inputs); what the mask drops counts as 0.
+        bias: (outputs,), or None.
+        mask: bool, of the weight's shape.
+        dense_gradient: whether the gradient of the weight is that of all its elements.
+
+    Returns:
+        (..., outputs).
+    """
+    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = convolve(pixels, weight, bias, mask, Window(), dense_gradient)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def pays(shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window, groups: int) -> bool:
+    """Return whether a layer and its gradients are faster with kept weights only, by a model of what both take.
+
+    Args:
+        shape: of the input: (images, inputs, rows, columns).
+        weight: the weight's shape.
+        kept: how many of its elements are kept.
+        window: what it looks at.
+        groups: convolution groups.
+    """
+    if native() is None:
+        return False
+    return True

@@ -1,0 +1,342 @@
+"""Sums: a layer with kept weights only, in training: its output, the gradient of its input, and that of its weight.
+
+All three are one loop over kept weights and shifted runs of pixels (`native/sums.h`). The gradient of the input is the sum over
+the transposed weight, one for every phase of the stride; that of the weight has a product for every kept weight and no other.
+"""
+
+import ctypes
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from passes.kernels.compiler import threads
+from passes.kernels.costs import Machine, cut
+from passes.kernels.order import order_of
+
+_INTEGERS, _TABLE = ctypes.c_int64, ctypes.c_void_p
+_ROW = 64  # pixels of a row, where they may be cut into rows at will
+
+
+class Sum(ctypes.Structure):
+    """One sum; the fields, and what they mean, are those of `native/sums.h`."""
+
+    _fields_ = (
+        *((name, _INTEGERS) for name in ("images", "rows", "columns", "last_columns")),
+        *((name, _INTEGERS) for name in ("channels", "source_rows", "source_columns")),
+        *((name, _INTEGERS) for name in ("source_image", "source_channel", "source_row", "source_column")),
+        *((name, _INTEGERS) for name in ("outputs", "target_image", "target_channel", "target_row", "target_column")),
+        *((name, _INTEGERS) for name in ("stride_rows", "stride_columns", "phases")),
+        ("shifts", _TABLE),
+        *((name, _INTEGERS) for name in ("above", "below", "lead", "pitch", "height", "distance")),
+        *((name, _INTEGERS) for name in ("together", "band", "tile", "blocks", "chunks", "widest", "by_chunk")),
+        *((name, _TABLE) for name in ("chunk_outputs", "starts", "offsets", "index", "place")),
+        *((name, _INTEGERS) for name in ("weights", "elements", "shift")),
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution looks at: of rows, and of columns; and its groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def out(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return the shape of the output: (images, outputs, rows, columns)."""
+        around = zip(shape[2:], self.padding, self.dilation, weight[2:], self.stride, strict=True)
+        rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
+        return shape[0], weight[0], rows, columns
+
+    def pointwise(self, kernel: Sequence[int]) -> bool:
+        """Whether a pixel only looks at the one at its place."""
+        return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """The shape of a tensor of images, (images, channels, rows, columns), and its strides."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Lying":
+        """Return how a tensor of images lies."""
+        return Lying(tuple(tensor.shape), tensor.stride())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept weights of a layer: (kept,) int each.
+
+    Attributes:
+        outputs, inputs: channels that they connect.
+        rows, columns: of the kernel.
+        index: in the dense weight.
+        elements: of that.
+    """
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    index: np.ndarray
+    elements: int
+
+    @staticmethod
+    def of(mask: np.ndarray, groups: int) -> "Kept":
+        """Return the weights that a mask keeps: (outputs, inputs, rows, columns) bool, or without rows, or columns too."""
+        index = np.flatnonzero(mask)
+        shape = mask.shape[:2] + (1,) * (4 - mask.ndim) + mask.shape[2:]
+        outputs, inputs, rows, columns = np.unravel_index(index, shape)
+        return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)
+
+
+class Prepared:
+    """Sums over the planes of one source, ready to run.
+
+    Attributes:
+        records: for the native library, one for every part of the target.
+        cycles: about how many they take on one core.
+    """
+
+    def __init__(self, source: Lying, parts: Sequence["_Part"], machine: Machine, *, gradient: bool = False) -> None:
+        """Prepare sums.
+
+        Args:
+            source: what they multiply.
+            parts: what they write.
+            machine: what they run on.
+            gradient: whether they are for the gradient of the weight, where gradients of outputs and, for each weight of a
+                block, a vector stay in the next cache.
+        """
+        if len(parts) == 1 and parts[0].pointwise and _one_run(source) and _one_run(parts[0].target):
+            source, parts, last = _in_rows(source, parts[0])
+        else:
+            last = 0
+        images, channels, source_rows, source_columns = source.shape
+        rows, columns = (max(part.target.shape[side] for part in parts) for side in (2, 3))
+        phases, stride = parts[0].phases, parts[0].stride
+        # Planes: no weight finds anything but 0 outside of the source.
+        above, left, below, right = (
+            max(0, *(edge(places) for part in parts for places in [get(part)])) for get, edge in _EDGES
+        )
+        high, wide = -(-source_rows // stride[0]), -(-source_columns // stride[1])
+        pitch = max(wide + left, columns + right)
+        height = max(high + above, rows + below)
+        line = channels * len(phases) * pitch * 4
+        least = machine.tiles[1] * machine.lanes  # positions, so that registers are full
+        fitting = max(machine.next_cache // 2 // line, -(-least // pitch))  # rows
+        together = _equal_shares(images, fitting // height)
+        band = rows if together > 1 or fitting >= height else min(rows, max(1, fitting - above - below))
+        height = band + below if band < rows else height
+        lead = -(-(above * pitch + left) // 16) * 16
+        floats = lead + (together * height + below) * pitch + right + 2 * 16
+        distance = (-(-floats // 16) | 1) * 16
+        run = ((together - 1) * height + band - 1) * pitch + columns
+        pieces = -(-images // together) * -(-rows // band)
+        self._tables: list[np.ndarray] = []
+        self.records = (Sum * len(parts))()
+        self.cycles = float(images * channels * high * wide * len(phases))
+        for record, part in zip(self.records, parts, strict=True):
+            record.images, record.channels = images, channels
+            record.source_rows, record.source_columns = source_rows, source_columns
+            record.source_image, record.source_channel, record.source_row, record.source_column = source.strides
+            _, record.outputs, record.rows, record.columns = part.target.shape
+            record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
+            record.last_columns, record.shift = last or record.columns, part.shift
+            record.stride_rows, record.stride_columns = stride
+            record.phases, record.weights, record.elements = len(phases), len(part.index), part.elements
+            record.above, record.below, record.lead, record.pitch = above, below, lead, pitch
+            record.height, record.distance, record.together, record.band = height, distance, together, band
+            record.by_chunk = pieces < threads()
+            record.tile, block, cycles = cut(
+                machine,
+                len(part.index),
+                record.outputs,
+                channels,
+                height=1 + above + below,
+                flat=run,
+                pitch=pitch,
+                blocked=part.blocked,
+            )
+            chunks = 4 * threads() if record.by_chunk else 1
+            most = 1 << 15
+            if gradient:
+                chunks = max(chunks, record.outputs * run * 16 // machine.next_cache)
+                most = machine.next_cache // 256 * -(-channels // block)
+            order = order_of(part.outputs, part.inputs, record.outputs, block, most, chunks)
+            record.blocks, record.chunks = order.blocks, len(order.chunk_groups) - 1
+            record.widest = int(np.diff(order.chunk_groups).max())
+            plane = part.inputs * len(phases) + part.planes
+            offsets = plane * distance + lead + part.rows * pitch + part.columns
+            ascending = np.argsort(part.index, kind="stable")
+            tables = {
+                "shifts": np.array(phases, np.int32),
+                "chunk_outputs": order.chunk_groups,
+                "starts": order.starts,
+                "offsets": offsets[order.order].astype(np.int32),
+                "index": part.index[ascending].astype(np.int32),
+                "place": np.argsort(order.order, kind="stable")[ascending].astype(np.int32),
+            }
+            for name, table in tables.items():
+                self._tables.append(np.ascontiguousarray(table))
+                setattr(record, name, self._tables[-1].ctypes.data)
+            self.cycles += pieces * cycles + images * record.outputs * record.rows * record.columns
+
+    def run(self, library: ctypes.CDLL, source: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Write the sums over the kept weights of `weight` to the target."""
+        given = (source.data_ptr(), target.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr())
+        _check(library.sparsify_sum(self.records, len(self.records), *given, threads()))
+
+    def gradient(self, library: ctypes.CDLL, source: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Write the gradient of the weight, of that of the target, to `weight`: 0 where nothing is kept."""
+        given = (source.data_ptr(), target.data_ptr(), weight.data_ptr())
+        _check(library.sparsify_sum_gradient(self.records, *given, threads()))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a target, and the kept weights that add to it.
+
+    Attributes:
+        target: the shape of the part, and how it lies.
+        shift: of its first number from the start of the target.
+        outputs, inputs, index: (kept,) int, by outputs ascending.
+        planes: (kept,) the phase of the stride of the source.
+        rows, columns: (kept,) from the output's pixel to the source's within the phase.
+        phases: first row and column of the source that a phase has.
+        stride: of the source.
+        elements: of the dense weight.
+        blocked: whether every output looks at all inputs.
+        pointwise: whether a pixel only looks at the one at its place.
+    """
+
+    target: Lying
+    shift: int
+    outputs: np.ndarray
+    inputs: np.ndarray
+    index: np.ndarray
+    planes: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    phases: list[tuple[int, int]]
+    stride: tuple[int, int]
+    elements: int
+    blocked: bool
+    pointwise: bool
+
+
+def forward_sum(
+    kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine, *, gradient: bool = False
+) -> Prepared:
+    """Return the sum that is a layer's output, or that whose gradient is that of the weight.
+
+    Args:
+        kept: the kept weights.
+        kernel: rows and columns of the kernel.
+        window: what it looks at.
+        x, y: input and output.
+        machine: what it runs on.
+        gradient: whether it is for the gradient, where a weight takes a vector of the cache.
+    """
+    phases, places = [], []
+    sides = zip(kernel, (kept.rows, kept.columns), window.stride, window.padding, window.dilation, strict=True)
+    for size, used, s, p, d in sides:
+        phases.append(sorted({(d * i - p) % s for i in range(size)}))
+        places.append((np.searchsorted(phases[-1], (d * used - p) % s), (d * used - p) // s))
+    (row_phase, rows), (column_phase, columns) = places
+    part = _Part(
+        target=y,
+        shift=0,
+        outputs=kept.outputs,
+        inputs=kept.inputs,
+        index=kept.index,
+        planes=row_phase * len(phases[1]) + column_phase,
+        rows=rows,
+        columns=columns,
+        phases=[(a, b) for a in phases[0] for b in phases[1]],
+        stride=window.stride,
+        elements=kept.elements,
+        blocked=window.groups == 1,
+        pointwise=window.pointwise(kernel),
+    )
+    return Prepared(x, [part], machine, gradient=gradient)
+
+
+def input_sum(kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine) -> Prepared:
+    """Return the sums that are the gradient of a layer's input, one for every phase of the stride."""
+    by_input = np.argsort(kept.inputs, kind="stable")
+    (sy, sx), (py, px), (dy, dx) = window.stride, window.padding, window.dilation
+    images, channels, rows, columns = x.shape
+    parts = []
+    for fy, fx in itertools.product(range(min(sy, rows)), range(min(sx, columns))):
+        down, across = fy + py - dy * kept.rows[by_input], fx + px - dx * kept.columns[by_input]
+        meets = (down % sy == 0) & (across % sx == 0)
+        order = by_input[meets]
+        shape = (images, channels, -(-(rows - fy) // sy), -(-(columns - fx) // sx))
+        part = _Part(
+            target=Lying(shape, (*x.strides[:2], x.strides[2] * sy, x.strides[3] * sx)),
+            shift=fy * x.strides[2] + fx * x.strides[3],
+            outputs=kept.inputs[order],
+            inputs=kept.outputs[order],
+            index=kept.index[order],
+            planes=np.zeros_like(order),
+            rows=down[meets] // sy,
+            columns=across[meets] // sx,
+            phases=[(0, 0)],
+            stride=(1, 1),
+            elements=kept.elements,
+            blocked=window.groups == 1,
+            pointwise=window.pointwise(kernel),
+        )
+        parts.append(part)
+    return Prepared(y, parts, machine)
+
+
+def _above(places: np.ndarray) -> int:
+    return -int(places.min(initial=0))
+
+
+def _below(places: np.ndarray) -> int:
+    return int(places.max(initial=0))
+
+
+_EDGES: Any = tuple((operator.attrgetter(side), edge) for edge in (_above, _below) for side in ("rows", "columns"))
+
+
+def _in_rows(source: Lying, part: _Part) -> tuple[Lying, list[_Part], int]:
+    """Cut images whose pixels look at none but themselves into rows at will; also return the pixels of the last row."""
+    total = source.shape[2] * source.shape[3]
+    columns = min(_ROW, total)
+    rows = -(-total // columns)
+
+    def again(lying: Lying) -> Lying:
+        step = lying.strides[3]
+        return Lying((*lying.shape[:2], rows, columns), (*lying.strides[:2], columns * step, step))
+
+    return again(source), [replace(part, target=again(part.target))], (total - 1) % columns + 1
+
+
+def _equal_shares(images: int, fitting: int) -> int:
+    """Return how many images a piece has, of which so many fit, so that threads get as many pieces each."""
+    if images < threads():
+        return 1
+    return -(-images // (threads() * -(-images // (threads() * max(1, fitting)))))
+
+
+def _one_run(lying: Lying) -> bool:
+    """Whether rows follow each other without a gap."""
+    return lying.strides[2] == lying.shape[3] * lying.strides[3] or lying.shape[2] == 1
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError(f"There is not enough memory for the planes of a layer in {threads()} threads.")

@@ -1,0 +1,129 @@
+"""Kernels: which masked layers compute with kept weights only in training, and how they do.
+
+In training, convolutions along one or two dimensions and linear layers of torch.nn may run the native sums over
+kept weights (`passes.kernels.products`) instead of torch's operations on the masked weight. Nothing that is saved depends on it.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.capture.host import masked
+from passes.capture.leaves import is_builtin
+from passes.kernels.compiler import native
+from passes.kernels.products import convolve, linear, pays
+from passes.kernels.sums import Window
+from passes.masking.mask import Mask, masks_of
+from passes.masking.zeros import is_plain
+
+KERNELS = ("auto", "masked", "sparse")
+
+
+def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
+    """Choose what the masked layers of a model run in training, in place.
+
+    Args:
+        model: a masked model.
+        kernels: "masked": torch's operations on masked weights. "sparse": sums over kept weights, wherever there are some: for
+            torch.nn's convolutions along one or two dimensions and linear layers, in float32 on the CPU, without autocast and
+            torch.func. "auto": these where a model of their cost says that they are faster, for the shapes at hand.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: `kernels` is none of these, or the model has no masks.
+
+    Example:
+        >>> from sparsify import sparsify
+        >>> use_kernels(sparsify(nn.Linear(512, 512), 0.05), "auto")(torch.randn(64, 512)).shape
+        torch.Size([64, 512])
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"Unknown kernels {kernels!r}; known are {', '.join(KERNELS)}.")
+    masks = masks_of(model)
+    if not masks:
+        raise ValueError("use_kernels takes a masked model, as sparsify() returns it.")
+    for mask in masks.values():
+        mask.kernels = kernels
+    return model
+
+
+def sparse_mask(module: nn.Module, input: Tensor) -> Mask | None:
+    """Return the mask of a layer that is to run with kept weights only, on this input; None if it runs the masked weight."""
+    mask = module._modules.get("weight_mask")
+    if not isinstance(mask, Mask) or mask.kernels == "masked" or not module.training:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:  # a hook of torch.nn.utils has put a tensor in its place
+        return None
+    problem = _problem(module, input, weight)
+    if problem:
+        if mask.kernels == "sparse" and not torch.compiler.is_compiling():
+            _say(f"kernels='sparse': {type(module).__name__} layers run the masked weight where {problem}.")
+        return None
+    if mask.kernels == "auto" and not _pays(module, input, weight, mask):
+        return None
+    return mask
+
+
+@functools.cache
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
+    """Return why the sums cannot run, or nothing."""
+    if not is_builtin(module):
+        return "their code is not torch.nn's"
+    if input.device.type != "cpu" or weight.device.type != "cpu":
+        return "the device is not the CPU"
+    if input.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "numbers are not float32"
+    if isinstance(module, nn.Linear):
+        if not input.numel():
+            return "there is no input"
+    elif module.padding_mode != "zeros" or isinstance(module.padding, str) or weight.dim() > 4 or not input.numel():
+        return "a convolution pads other than by given numbers of zeros, has three dimensions or no input"
+    elif input.dim() != weight.dim():
+        return "there is no batch"
+    if torch.compiler.is_compiling():
+        return ""
+    if not is_plain(input) or not is_plain(weight) or torch.autograd.forward_ad._current_level >= 0:
+        return "torch.func or forward-mode derivatives are at work"
+    return "" if native() is not None else "there are no native loops"
+
+
+def _pays(module: Any, input: Tensor, weight: Tensor, mask: Mask) -> bool:
+    if isinstance(module, nn.Linear):
+        return pays((1, input.shape[-1], 1, input.numel() // input.shape[-1]), tuple(weight.shape), mask._nonzeros, Window(), 1)
+    window = _window(module)
+    return pays(tuple(_image(input).shape), tuple(weight.shape), mask._nonzeros, window, window.groups)
+
+
+def _image(input: Tensor) -> Tensor:
+    return input.unsqueeze(2) if input.dim() == 3 else input
+
+
+def _window(module: Any) -> Window:
+    stride, padding, dilation = (
+        (before, *value) if len(value) == 1 else tuple(value)
+        for value, before in ((module.stride, 1), (module.padding, 0), (module.dilation, 1))
+    )
+    return Window(stride, padding, dilation, module.groups)
+
+
+def sparse_convolution(module: Any, input: Tensor, mask: Mask) -> Tensor:
+    """Return what a convolution computes with its kept weights."""
+    result = convolve(
+        _image(input), module._parameters["weight"], masked(module, "bias"), mask.mask, _window(module), mask.dense_gradient
+    )
+    return result.squeeze(2) if input.dim() == 3 else result
+
+
+def sparse_linear(module: Any, input: Tensor, mask: Mask) -> Tensor:
+    """Return what a linear layer computes with its kept weights."""
+    return linear(input, module._parameters["weight"], masked(module, "bias"), mask.mask, mask.dense_gradient)
