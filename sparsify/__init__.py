@@ -10,6 +10,7 @@ if not hasattr(passes, "mask_weights"):
 
 from passes.capture.captured import graphs
 from passes.channels.small_dense import small_dense
+from passes.masking.kernels import use_kernels
 from sparsify.api import sparsify
 from sparsify.costs.flops import flop_report
 from sparsify.costs.ledger import CostLedger, cost_ledger
@@ -59,4 +60,5 @@ __all__ = [
     "small_dense",
     "sparsify",
     "speed_report",
+    "use_kernels",
 ]

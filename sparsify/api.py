@@ -15,6 +15,7 @@ from passes.capture.verify import faithful_capture
 from passes.counting.inputs import forward_values
 from passes.counting.tally import tally
 from passes.masking.fold import unmask_
+from passes.masking.kernels import KERNELS, use_kernels
 from passes.masking.mask import Mask, zero_dropped_weights_
 from passes.masking.rewrite import check_masked, mask_weights
 from passes.weights.reasons import Reason, Why
@@ -48,6 +49,7 @@ def sparsify(
     blocks: Iterable[str] = (),
     masks: nn.Module | Mapping[str, torch.Tensor] | None = None,
     init: str = "keep",
+    kernels: str = "masked",
     seed: int = 0,
     inplace: bool = False,
     verify: bool = False,
@@ -78,6 +80,9 @@ def sparsify(
             they make a lottery ticket (arXiv 1803.03635), with fresh ones a re-used topology.
         init: "keep" leaves kept weights as they are; "fan_in" rescales them to the fan-in their mask leaves
             (arXiv 2010.03533), without which very sparse networks hardly train from scratch.
+        kernels: what masked layers run in training on the CPU: "masked", torch's operations on masked weights; "sparse", sums
+            over kept weights only, with batch norm, addition and ReLU in one; "auto", these where they are faster by a model of
+            their cost. Nothing that is saved depends on it, and `use_kernels` changes it at any time.
         seed: of the random masks.
         inplace: rewrite `model` itself instead of a copy, for models too large to have twice.
         verify: run the model and its graphs on `inputs` (random numbers where that is a shape), in both modes, and compare
@@ -104,6 +109,7 @@ def sparsify(
     method = checks.resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     checks.check_budget(density, flops, inputs, _fixed_by(method, masks, flops))
     set_weights = checks.resolve(init, INITS, "init")
+    checks.resolve(kernels, dict.fromkeys(KERNELS), "kernels")
     seed = checks.as_seed(seed)
     exclude, include = checks.as_patterns(exclude, "exclude"), checks.as_patterns(include, "include")
     names = [name for name, _ in model.named_parameters()]
@@ -140,7 +146,7 @@ def sparsify(
         set_weights(model, sites)
     model.updater = Updater(model, method, goals, reasons, seed)
     ignore_in_ddp(model)
-    return model
+    return use_kernels(model, kernels) if kernels != "masked" else model
 
 
 def _excluded(patterns: Iterable[str], masks: Any, names: Sequence[str]) -> dict[str, Reason]:

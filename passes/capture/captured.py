@@ -62,10 +62,17 @@ class Captured(Host, fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate forward again, in both modes, after a graph was edited."""
-        codes = {graph: graph.python_code("self") for graph in dict.fromkeys(self._graphs.values())}
+        fuse = vars(self).get("_fuse")
+        graphs = {mode: fuse(graph, self) if fuse and mode else graph for mode, graph in self._graphs.items()}
+        codes = {graph: graph.python_code("self") for graph in dict.fromkeys(graphs.values())}
         forwards = {graph: _forward_from_src(code.src, code.globals) for graph, code in codes.items()}
-        self._forwards = {mode: forwards[graph] for mode, graph in self._graphs.items()}
-        return codes[self._graph]
+        self._forwards = {mode: forwards[graph] for mode, graph in graphs.items()}
+        return codes[graphs[self.training]]
+
+    def fuse_in_training(self, fuse: Callable[[fx.Graph, nn.Module], fx.Graph] | None) -> None:
+        """Run in training what `fuse` makes of the graph; `graph` and `code` stay as they are. None runs the graph."""
+        vars(self)["_fuse"] = fuse
+        self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Captured":
         result = nn.Module.__new__(type(self))

@@ -24,11 +24,15 @@ from passes.capture.tracer import Tracer, failing_function
 
 # What a module carries while it runs graphs: ours, and what fx's own tools read.
 GRAPH_STATE = (
-    *("_arguments", "_through", "_graphs", "_forwards", "keeps_graph"),
+    *("_arguments", "_through", "_graphs", "_forwards", "_fuse", "keeps_graph"),
     *("meta", "shape_env", "_tracer_cls", "_tracer_extras"),
     *("_deepcopy_hooks", "_replace_hooks", "_create_node_hooks", "_erase_node_hooks"),
 )
-_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {*GRAPH_STATE, "ignore_later_hooks"}
+_RESERVED = frozenset(vars(fx.GraphModule)) - frozenset(vars(nn.Module)) | {
+    *GRAPH_STATE,
+    "ignore_later_hooks",
+    "fuse_in_training",
+}
 
 
 def _taken_names(module: nn.Module) -> list[str]:

@@ -133,6 +133,10 @@ def _load(path: Path) -> ctypes.CDLL:
         ("cache", long, (integer,)),
         ("sum", integer, (pointer, long, pointer, pointer, pointer, pointer, integer)),
         ("sum_gradient", integer, (pointer, pointer, pointer, pointer, integer)),
+        ("norm_statistics", None, (*[pointer] * 4, integer)),
+        ("norm_apply", None, (*[pointer] * 6, integer, integer)),
+        ("norm_sums", None, (*[pointer] * 9, integer)),
+        ("norm_backward", None, (*[pointer] * 11, integer)),
     ):
         function = getattr(library, f"sparsify_{name}")
         function.restype, function.argtypes = result, arguments

@@ -1,11 +1,13 @@
 """Costs: how a convolution is cut into pieces, and which kernel is the fastest, from a model of the machine."""
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from passes.kernels.compiler import threads
+from passes.kernels.windows import Window
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def cut(
     pitch: int,
     blocked: bool = True,
     group: int = 1,
+    miss: float = 0.2,
 ) -> tuple[int, int, float]:
     """Return how a sum over kept weights is cut: vectors of pixels in a tile, input channels of a block, and about the cycles.
 
@@ -114,6 +117,7 @@ def cut(
         pitch: numbers from one row to the next.
         blocked: whether there may be several blocks.
         group: outputs that share a pattern.
+        miss: cycles of a vector that comes from the next cache, if few of a block's are looked at.
     """
     total = -(-flat // machine.lanes)
     # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
@@ -126,7 +130,7 @@ def cut(
     for blocks in _blocks(channels) if blocked else (1,):
         near = min(1.0, 0.9 * machine.cache * blocks / (reach * channels))
         behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach * channels))
-        per_vector = load + (0.2 + 0.9 * swept) * (1 - near) + 3 * behind
+        per_vector = load + (miss + 0.9 * swept) * (1 - near) + 3 * behind
         cost = tiles * (blocks * outputs * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
         if cost < best:
             best, found = cost, blocks
@@ -149,6 +153,28 @@ def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outpu
     """Return about how many cycles torch takes on one core for a dense layer of so many weights, on so many pixels."""
     share = 1.0 if groups == 1 else 0.25  # of two vectors a cycle, in cycles of which a kernel's load takes half a one
     return CALL / 2 + weights * max(pixels / (2 * machine.lanes * share), 0.5) + outputs / 4
+
+
+def pays(machine: Machine, shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window) -> bool:
+    """Return whether a layer and its gradients are faster with kept weights only, by a model of what both take.
+
+    Cycles of one core, fitted to layers of ResNet-50 and WRN-22-2. Dense, two vectors of products take 1.2, and a number read
+    or written 0.6; with kept weights only, one vector takes 1.2, a number 2.5, since it is copied, and a weight 25.
+
+    Args:
+        machine: what it runs on.
+        shape: of the input: (images, inputs, rows, columns).
+        weight: the weight's shape.
+        kept: how many of its elements are kept.
+        window: what it looks at.
+    """
+    four = (*weight[:2], *(1,) * (4 - len(weight)), *weight[2:])
+    images, outputs, rows, columns = window.out(shape, four)
+    pixels, numbers = images * rows * columns, math.prod(shape) + images * outputs * rows * columns
+    lanes = machine.lanes
+    share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
+    dense = 0.6 * math.prod(four) * pixels / lanes / share + 0.6 * numbers
+    return 1.2 * kept * pixels / lanes + 2.5 * numbers + 25 * kept + 2 * CALL < dense
 
 
 CALL = 60_000  # cycles that an operator call costs; one of torch's own costs half

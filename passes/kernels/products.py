@@ -18,7 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from passes.kernels.compiler import native, threads
 from passes.kernels.costs import Machine, this_machine
-from passes.kernels.sums import Kept, Lying, Prepared, Window, forward_sum, input_sum
+from passes.kernels.parts import forward_sum, input_sum
+from passes.kernels.sums import Prepared
+from passes.kernels.windows import Kept, Lying, Window
 
 _SHAPES = 8  # of inputs, whose sums are kept for a mask
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
@@ -44,7 +46,8 @@ _LOCK = threading.Lock()
 
 
 @functools.lru_cache(maxsize=1)
-def _machine() -> Machine:
+def machine() -> Machine:
+    """Return the machine at hand."""
     return this_machine(_native())
 
 
@@ -80,7 +83,7 @@ def _prepared(of: str, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Pr
         if key not in sums.found:
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
-            sums.found[key] = _MAKERS[of](sums.kept, _four(mask).shape[2:], window, key[2], key[3], _machine())
+            sums.found[key] = _MAKERS[of](sums.kept, _four(mask).shape[2:], window, key[2], key[3], machine())
         return sums.found[key]
 
 
@@ -230,19 +233,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dense_g
     pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     y = convolve(pixels, weight, bias, mask, Window(), dense_gradient)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-
-
-@functools.lru_cache(maxsize=4096)
-def pays(shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window, groups: int) -> bool:
-    """Return whether a layer and its gradients are faster with kept weights only, by a model of what both take.
-
-    Args:
-        shape: of the input: (images, inputs, rows, columns).
-        weight: the weight's shape.
-        kept: how many of its elements are kept.
-        window: what it looks at.
-        groups: convolution groups.
-    """
-    if native() is None:
-        return False
-    return True

@@ -5,7 +5,6 @@ the transposed weight, one for every phase of the stride; that of the weight has
 """
 
 import ctypes
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from passes.kernels.compiler import threads
 from passes.kernels.costs import Machine, cut
 from passes.kernels.order import order_of
+from passes.kernels.windows import Lying
 
 _INTEGERS, _TABLE = ctypes.c_int64, ctypes.c_void_p
 _ROW = 64  # pixels of a row, where they may be cut into rows at will
@@ -40,63 +40,35 @@ class Sum(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Window:
-    """What a convolution looks at: of rows, and of columns; and its groups."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    def out(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
-        """Return the shape of the output: (images, outputs, rows, columns)."""
-        around = zip(shape[2:], self.padding, self.dilation, weight[2:], self.stride, strict=True)
-        rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
-        return shape[0], weight[0], rows, columns
-
-    def pointwise(self, kernel: Sequence[int]) -> bool:
-        """Whether a pixel only looks at the one at its place."""
-        return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
-
-
-@dataclass(frozen=True)
-class Lying:
-    """The shape of a tensor of images, (images, channels, rows, columns), and its strides."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @staticmethod
-    def of(tensor: Tensor) -> "Lying":
-        """Return how a tensor of images lies."""
-        return Lying(tuple(tensor.shape), tensor.stride())
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The kept weights of a layer: (kept,) int each.
+class Part:
+    """A part of a target, and the kept weights that add to it.
 
     Attributes:
-        outputs, inputs: channels that they connect.
-        rows, columns: of the kernel.
-        index: in the dense weight.
-        elements: of that.
+        target: the shape of the part, and how it lies.
+        shift: of its first number from the start of the target.
+        outputs, inputs, index: (kept,) int, by outputs ascending.
+        planes: (kept,) the phase of the stride of the source.
+        rows, columns: (kept,) from the output's pixel to the source's within the phase.
+        phases: first row and column of the source that a phase has.
+        stride: of the source.
+        elements: of the dense weight.
+        blocked: whether every output looks at all inputs.
+        pointwise: whether a pixel only looks at the one at its place.
     """
 
+    target: Lying
+    shift: int
     outputs: np.ndarray
     inputs: np.ndarray
+    index: np.ndarray
+    planes: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    index: np.ndarray
+    phases: list[tuple[int, int]]
+    stride: tuple[int, int]
     elements: int
-
-    @staticmethod
-    def of(mask: np.ndarray, groups: int) -> "Kept":
-        """Return the weights that a mask keeps: (outputs, inputs, rows, columns) bool, or without rows, or columns too."""
-        index = np.flatnonzero(mask)
-        shape = mask.shape[:2] + (1,) * (4 - mask.ndim) + mask.shape[2:]
-        outputs, inputs, rows, columns = np.unravel_index(index, shape)
-        return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)
+    blocked: bool
+    pointwise: bool
 
 
 class Prepared:
@@ -104,10 +76,9 @@ class Prepared:
 
     Attributes:
         records: for the native library, one for every part of the target.
-        cycles: about how many they take on one core.
     """
 
-    def __init__(self, source: Lying, parts: Sequence["_Part"], machine: Machine, *, gradient: bool = False) -> None:
+    def __init__(self, source: Lying, parts: Sequence[Part], machine: Machine, *, gradient: bool = False) -> None:
         """Prepare sums.
 
         Args:
@@ -144,7 +115,6 @@ class Prepared:
         pieces = -(-images // together) * -(-rows // band)
         self._tables: list[np.ndarray] = []
         self.records = (Sum * len(parts))()
-        self.cycles = float(images * channels * high * wide * len(phases))
         for record, part in zip(self.records, parts, strict=True):
             record.images, record.channels = images, channels
             record.source_rows, record.source_columns = source_rows, source_columns
@@ -157,7 +127,7 @@ class Prepared:
             record.above, record.below, record.lead, record.pitch = above, below, lead, pitch
             record.height, record.distance, record.together, record.band = height, distance, together, band
             record.by_chunk = pieces < threads()
-            record.tile, block, cycles = cut(
+            record.tile, block, _ = cut(
                 machine,
                 len(part.index),
                 record.outputs,
@@ -166,6 +136,7 @@ class Prepared:
                 flat=run,
                 pitch=pitch,
                 blocked=part.blocked,
+                miss=1.2,
             )
             chunks = 4 * threads() if record.by_chunk else 1
             most = 1 << 15
@@ -189,7 +160,6 @@ class Prepared:
             for name, table in tables.items():
                 self._tables.append(np.ascontiguousarray(table))
                 setattr(record, name, self._tables[-1].ctypes.data)
-            self.cycles += pieces * cycles + images * record.outputs * record.rows * record.columns
 
     def run(self, library: ctypes.CDLL, source: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Write the sums over the kept weights of `weight` to the target."""
@@ -200,105 +170,6 @@ class Prepared:
         """Write the gradient of the weight, of that of the target, to `weight`: 0 where nothing is kept."""
         given = (source.data_ptr(), target.data_ptr(), weight.data_ptr())
         _check(library.sparsify_sum_gradient(self.records, *given, threads()))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of a target, and the kept weights that add to it.
-
-    Attributes:
-        target: the shape of the part, and how it lies.
-        shift: of its first number from the start of the target.
-        outputs, inputs, index: (kept,) int, by outputs ascending.
-        planes: (kept,) the phase of the stride of the source.
-        rows, columns: (kept,) from the output's pixel to the source's within the phase.
-        phases: first row and column of the source that a phase has.
-        stride: of the source.
-        elements: of the dense weight.
-        blocked: whether every output looks at all inputs.
-        pointwise: whether a pixel only looks at the one at its place.
-    """
-
-    target: Lying
-    shift: int
-    outputs: np.ndarray
-    inputs: np.ndarray
-    index: np.ndarray
-    planes: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    phases: list[tuple[int, int]]
-    stride: tuple[int, int]
-    elements: int
-    blocked: bool
-    pointwise: bool
-
-
-def forward_sum(
-    kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine, *, gradient: bool = False
-) -> Prepared:
-    """Return the sum that is a layer's output, or that whose gradient is that of the weight.
-
-    Args:
-        kept: the kept weights.
-        kernel: rows and columns of the kernel.
-        window: what it looks at.
-        x, y: input and output.
-        machine: what it runs on.
-        gradient: whether it is for the gradient, where a weight takes a vector of the cache.
-    """
-    phases, places = [], []
-    sides = zip(kernel, (kept.rows, kept.columns), window.stride, window.padding, window.dilation, strict=True)
-    for size, used, s, p, d in sides:
-        phases.append(sorted({(d * i - p) % s for i in range(size)}))
-        places.append((np.searchsorted(phases[-1], (d * used - p) % s), (d * used - p) // s))
-    (row_phase, rows), (column_phase, columns) = places
-    part = _Part(
-        target=y,
-        shift=0,
-        outputs=kept.outputs,
-        inputs=kept.inputs,
-        index=kept.index,
-        planes=row_phase * len(phases[1]) + column_phase,
-        rows=rows,
-        columns=columns,
-        phases=[(a, b) for a in phases[0] for b in phases[1]],
-        stride=window.stride,
-        elements=kept.elements,
-        blocked=window.groups == 1,
-        pointwise=window.pointwise(kernel),
-    )
-    return Prepared(x, [part], machine, gradient=gradient)
-
-
-def input_sum(kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine) -> Prepared:
-    """Return the sums that are the gradient of a layer's input, one for every phase of the stride."""
-    by_input = np.argsort(kept.inputs, kind="stable")
-    (sy, sx), (py, px), (dy, dx) = window.stride, window.padding, window.dilation
-    images, channels, rows, columns = x.shape
-    parts = []
-    for fy, fx in itertools.product(range(min(sy, rows)), range(min(sx, columns))):
-        down, across = fy + py - dy * kept.rows[by_input], fx + px - dx * kept.columns[by_input]
-        meets = (down % sy == 0) & (across % sx == 0)
-        order = by_input[meets]
-        shape = (images, channels, -(-(rows - fy) // sy), -(-(columns - fx) // sx))
-        part = _Part(
-            target=Lying(shape, (*x.strides[:2], x.strides[2] * sy, x.strides[3] * sx)),
-            shift=fy * x.strides[2] + fx * x.strides[3],
-            outputs=kept.inputs[order],
-            inputs=kept.outputs[order],
-            index=kept.index[order],
-            planes=np.zeros_like(order),
-            rows=down[meets] // sy,
-            columns=across[meets] // sx,
-            phases=[(0, 0)],
-            stride=(1, 1),
-            elements=kept.elements,
-            blocked=window.groups == 1,
-            pointwise=window.pointwise(kernel),
-        )
-        parts.append(part)
-    return Prepared(y, parts, machine)
 
 
 def _above(places: np.ndarray) -> int:
@@ -312,7 +183,7 @@ def _below(places: np.ndarray) -> int:
 _EDGES: Any = tuple((operator.attrgetter(side), edge) for edge in (_above, _below) for side in ("rows", "columns"))
 
 
-def _in_rows(source: Lying, part: _Part) -> tuple[Lying, list[_Part], int]:
+def _in_rows(source: Lying, part: Part) -> tuple[Lying, list[Part], int]:
     """Cut images whose pixels look at none but themselves into rows at will; also return the pixels of the last row."""
     total = source.shape[2] * source.shape[3]
     columns = min(_ROW, total)

@@ -1,7 +1,7 @@
 """Kernels: which masked layers compute with kept weights only in training, and how they do.
 
-In training, convolutions along one or two dimensions and linear layers of torch.nn may run the native sums over
-kept weights (`passes.kernels.products`) instead of torch's operations on the masked weight. Nothing that is saved depends on it.
+In training, convolutions along one or two dimensions and linear layers of torch.nn may run the native sums over kept weights
+(`passes.kernels.products`) instead of torch's operations on the masked weight. Nothing that is saved depends on it.
 """
 
 import functools
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.capture.captured import Captured
 from passes.capture.host import masked
 from passes.capture.leaves import is_builtin
 from passes.kernels.compiler import native
-from passes.kernels.products import convolve, linear, pays
-from passes.kernels.sums import Window
+from passes.kernels.costs import pays
+from passes.kernels.products import convolve, linear, machine
+from passes.kernels.windows import Window
 from passes.masking.mask import Mask, masks_of
+from passes.masking.norms import with_whole_norms
 from passes.masking.zeros import is_plain
 
 KERNELS = ("auto", "masked", "sparse")
@@ -49,6 +52,9 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
         raise ValueError("use_kernels takes a masked model, as sparsify() returns it.")
     for mask in masks.values():
         mask.kernels = kernels
+    for module in model.modules():
+        if isinstance(module, Captured):
+            module.fuse_in_training(None if kernels == "masked" else with_whole_norms)
     return model
 
 
@@ -99,9 +105,10 @@ def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
 
 def _pays(module: Any, input: Tensor, weight: Tensor, mask: Mask) -> bool:
     if isinstance(module, nn.Linear):
-        return pays((1, input.shape[-1], 1, input.numel() // input.shape[-1]), tuple(weight.shape), mask._nonzeros, Window(), 1)
-    window = _window(module)
-    return pays(tuple(_image(input).shape), tuple(weight.shape), mask._nonzeros, window, window.groups)
+        shape, window = (1, input.shape[-1], 1, input.numel() // input.shape[-1]), Window()
+    else:
+        shape, window = tuple(_image(input).shape), _window(module)
+    return pays(machine(), shape, tuple(weight.shape), mask.nonzeros, window)
 
 
 def _image(input: Tensor) -> Tensor:

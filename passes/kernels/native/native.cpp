@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <unistd.h>
 
+#include "norms.h"
 #include "plan.h"
 #include "sums.h"
 #include "zeroing.h"
@@ -73,5 +74,26 @@ int32_t sparsify_sum_gradient(const Sum *sum, const float *source, const float *
   } catch (const std::bad_alloc &) {
     return 1;
   }
+}
+
+// Batch normalisation: see norms.h.
+void sparsify_norm_statistics(const Norm *norm, const float *x, float *mean, float *variance, int32_t threads) {
+  norm_statistics(*norm, x, mean, variance, threads);
+}
+
+void sparsify_norm_apply(const Norm *norm, const float *x, const float *other, const float *scale, const float *shift, float *y,
+                         int32_t relu, int32_t threads) {
+  norm_apply(*norm, x, other, scale, shift, y, relu, threads);
+}
+
+void sparsify_norm_sums(const Norm *norm, const float *gradient, const float *y, const float *x, const float *scale,
+                        const float *shift, const float *mean, float *sums, float *products, int32_t threads) {
+  norm_sums(*norm, gradient, {y, x, scale, shift}, mean, sums, products, threads);
+}
+
+void sparsify_norm_backward(const Norm *norm, const float *gradient, const float *y, const float *x, const float *scale,
+                            const float *shift, const float *by, const float *times, const float *plus, float *of_x,
+                            float *of_other, int32_t threads) {
+  norm_backward(*norm, gradient, {y, x, scale, shift}, by, times, plus, of_x, of_other, threads);
 }
 }

@@ -94,18 +94,34 @@ inline void copy_evens(const float *from, float *to, int64_t count) {
   for (; i < count; ++i) to[i] = from[2 * i];
 }
 
-constexpr int64_t kSide = 16;
+typedef float Four __attribute__((vector_size(16)));
+typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t FourIntegers __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define CHOSEN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CHOSEN(a, b, ...) __builtin_shuffle(a, b, FourIntegers{__VA_ARGS__})
+#endif
 
-// Copy a matrix whose columns become rows, square by square: lines of either side are read and written whole.
+// Copy a matrix whose columns become rows, four by four.
 inline void transpose(const float *from, int64_t from_stride, int64_t rows, int64_t columns, float *to, int64_t to_stride) {
-  float square[kSide][kSide + 1];
-  for (int64_t row = 0; row < rows; row += kSide)
-    for (int64_t column = 0; column < columns; column += kSide) {
-      const int64_t height = std::min(kSide, rows - row), width = std::min(kSide, columns - column);
-      for (int64_t y = 0; y < height; ++y)
-        for (int64_t x = 0; x < width; ++x) square[x][y] = from[(row + y) * from_stride + column + x];
-      for (int64_t x = 0; x < width; ++x) std::copy(square[x], square[x] + height, to + (column + x) * to_stride + row);
+  const int64_t even_rows = rows / 4 * 4, even_columns = columns / 4 * 4;
+  for (int64_t x = 0; x < even_columns; x += 4) {
+    for (int64_t y = 0; y < even_rows; y += 4) {
+      Four lines[4];
+      for (int i = 0; i < 4; ++i) lines[i] = *reinterpret_cast<const UnalignedFour *>(from + (y + i) * from_stride + x);
+      const Four low = CHOSEN(lines[0], lines[1], 0, 4, 1, 5), high = CHOSEN(lines[0], lines[1], 2, 6, 3, 7);
+      const Four next_low = CHOSEN(lines[2], lines[3], 0, 4, 1, 5), next_high = CHOSEN(lines[2], lines[3], 2, 6, 3, 7);
+      *reinterpret_cast<UnalignedFour *>(to + x * to_stride + y) = CHOSEN(low, next_low, 0, 1, 4, 5);
+      *reinterpret_cast<UnalignedFour *>(to + (x + 1) * to_stride + y) = CHOSEN(low, next_low, 2, 3, 6, 7);
+      *reinterpret_cast<UnalignedFour *>(to + (x + 2) * to_stride + y) = CHOSEN(high, next_high, 0, 1, 4, 5);
+      *reinterpret_cast<UnalignedFour *>(to + (x + 3) * to_stride + y) = CHOSEN(high, next_high, 2, 3, 6, 7);
     }
+    for (int64_t y = even_rows; y < rows; ++y)
+      for (int64_t i = 0; i < 4; ++i) to[(x + i) * to_stride + y] = from[y * from_stride + x + i];
+  }
+  for (int64_t x = even_columns; x < columns; ++x)
+    for (int64_t y = 0; y < rows; ++y) to[x * to_stride + y] = from[y * from_stride + x];
 }
 
 // Read planes from a tensor, or from other planes of the arena, at another distance of rows and columns.

@@ -76,55 +76,85 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
     const int64_t y0 = s.shifts[2 * phase], x0 = s.shifts[2 * phase + 1], step = s.stride_columns * s.source_column;
     const int64_t high = (s.source_rows - y0 + s.stride_rows - 1) / s.stride_rows;
     const int64_t wide = (s.source_columns - x0 + s.stride_columns - 1) / s.stride_columns;
+    const int64_t top = part ? -s.above : 0, bottom = part ? p.rows + s.below : high;
+    const auto width = [&](int64_t row) { return row == s.rows - 1 ? wide - s.columns + s.last_columns : wide; };
+    const bool last = s.source_channel == 1 && step != 1;  // channels lie innermost
+    const bool one_run = s.pitch == wide && step == 1 && s.source_row == wide && s.stride_rows == 1;
     for (int64_t i = 0; i < p.images; ++i) {
       const float *image = source + (p.image + i) * s.source_image + y0 * s.source_row + x0 * s.source_column;
-      for (int64_t y = part ? -s.above : 0; y < (part ? p.rows + s.below : high); ++y) {
-        float *to = planes + phase * s.distance + s.lead + (i * s.height + y) * s.pitch;
-        const int64_t row = p.row + y, count = row == s.rows - 1 ? wide - s.columns + s.last_columns : wide;
-        const float *from = image + row * s.stride_rows * s.source_row;
-        const bool there = row >= 0 && row < high;
-        if (there && s.source_channel == 1 && step != 1) {
-          transpose(from, step, count, s.channels, to, s.phases * s.distance);
+      float *plane = planes + phase * s.distance + s.lead + i * s.height * s.pitch;
+      for (int64_t c = 0; c < (last ? 1 : s.channels); ++c, plane += s.phases * s.distance, image += s.source_channel) {
+        if (one_run && top == 0 && p.row + bottom <= high) {
+          copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1));
           continue;
         }
-        for (int64_t c = 0; c < s.channels; ++c, to += s.phases * s.distance, from += s.source_channel)
-          if (there)
-            copy_run(from, step, to, count);
-          else
-            std::fill(to, to + wide, 0.f);
+        for (int64_t y = top; y < bottom; ++y) {
+          const int64_t row = p.row + y;
+          const float *from = image + row * s.stride_rows * s.source_row;
+          float *to = plane + y * s.pitch;
+          if (row >= 0 && row < high) {
+            if (last)
+              transpose(from, step, width(row), s.channels, to, s.phases * s.distance);
+            else
+              copy_run(from, step, to, width(row));
+          } else {
+            for (int64_t other = 0; other < (last ? s.channels : 1); ++other, to += s.phases * s.distance)
+              std::fill(to, to + wide, 0.f);
+          }
+        }
       }
     }
   }
 }
 
+// What of a tile is in the target, run by run.
+struct Runs {
+  struct One {
+    int64_t from, to, count;
+  };
+  One runs[kLargest * kLanes];
+  int count = 0;
+
+  Runs(const Sum &s, const Piece &p, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t line = at / s.pitch, column = at % s.pitch, image = line / s.height, row = line % s.height;
+      const int64_t next = std::min(end, (line + 1) * s.pitch);
+      const int64_t columns = p.row + row == s.rows - 1 ? s.last_columns : s.columns;
+      if (row < p.rows && column < columns) {
+        const int64_t to = (p.image + image) * s.target_image + (p.row + row) * s.target_row + column * s.target_column;
+        const int64_t size = std::min(columns - column, next - at);
+        One *before = count ? runs + count - 1 : nullptr;
+        if (before && before->from + before->count == at - begin && before->to + before->count * s.target_column == to)
+          before->count += size;
+        else
+          runs[count++] = {at - begin, to, size};
+      }
+      at = next;
+    }
+  }
+};
+
 // Copy the positions of a tile, [outputs][stride], to the target, or from it.
 template <bool Out>
 void exchange(const Sum &s, const Piece &p, float *target, float *tile, int64_t stride, int64_t outputs, int64_t begin, int64_t end) {
-  for (int64_t at = begin; at < end;) {
-    const int64_t line = at / s.pitch, column = at % s.pitch, image = line / s.height, row = line % s.height;
-    const int64_t next = std::min(end, (line + 1) * s.pitch);
-    const int64_t columns = p.row + row == s.rows - 1 ? s.last_columns : s.columns;
-    if (row < p.rows && column < columns) {
-      const int64_t count = std::min(columns - column, next - at), step = s.target_column;
-      float *to = target + (p.image + image) * s.target_image + (p.row + row) * s.target_row + column * step;
-      float *from = tile + at - begin;
-      if (s.target_channel == 1 && step != 1) {
-        if (Out)
-          transpose(from, stride, outputs, count, to, step);
-        else
-          transpose(to, step, count, outputs, from, stride);
-      } else {
-        for (int64_t o = 0; o < outputs; ++o, to += s.target_channel, from += stride)
-          if (!Out)
-            copy_run(to, step, from, count);
-          else if (step == 1)
-            copy_run(from, 1, to, count);
-          else
-            for (int64_t x = 0; x < count; ++x) to[x * step] = from[x];
-      }
+  const Runs runs(s, p, begin, end);
+  const int64_t step = s.target_column;
+  const bool last = s.target_channel == 1 && step != 1;  // channels lie innermost
+  for (int64_t o = 0; o < (last ? 1 : outputs); ++o, target += s.target_channel, tile += stride)
+    for (int i = 0; i < runs.count; ++i) {
+      const auto &run = runs.runs[i];
+      float *to = target + run.to, *from = tile + run.from;
+      if (last && Out)
+        transpose(from, stride, outputs, run.count, to, step);
+      else if (last)
+        transpose(to, step, run.count, outputs, from, stride);
+      else if (!Out)
+        copy_run(to, step, from, run.count);
+      else if (step == 1)
+        copy_run(from, 1, to, run.count);
+      else
+        for (int64_t x = 0; x < run.count; ++x) to[x * step] = from[x];
     }
-    at = next;
-  }
 }
 
 // Add up what the weights of a block give to a tile.
@@ -272,7 +302,9 @@ inline void sum_gradient(const Sum &s, const float *source, const float *target,
         const int64_t first = s.chunk_outputs[chunk], outputs = s.chunk_outputs[chunk + 1] - first;
         float *gradients = scratch(1, outputs * stride);
         std::fill(gradients, gradients + outputs * stride, 0.f);
-        exchange<false>(s, p, const_cast<float *>(target) + first * s.target_channel, gradients, stride, outputs, 0, p.run);
+        for (int64_t at = 0; at < p.run; at += step)
+          exchange<false>(s, p, const_cast<float *>(target) + first * s.target_channel, gradients + at, stride, outputs, at,
+                          std::min(at + step, p.run));
         const int32_t *start = s.starts + first * s.blocks;
         for (int64_t b = 0; b < s.blocks; ++b, start += outputs) {
           const int64_t base = start[0], lanes = (start[outputs] - base) * kLanes;

@@ -1,0 +1,67 @@
+"""Windows: what a layer looks at, how its tensors lie, and which of its weights are kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution looks at: of rows, and of columns; and its groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def out(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return the shape of the output: (images, outputs, rows, columns)."""
+        around = zip(shape[2:], self.padding, self.dilation, weight[2:], self.stride, strict=True)
+        rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
+        return shape[0], weight[0], rows, columns
+
+    def pointwise(self, kernel: Sequence[int]) -> bool:
+        """Whether a pixel only looks at the one at its place."""
+        return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """The shape of a tensor of images, (images, channels, rows, columns), and its strides."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Lying":
+        """Return how a tensor of images lies."""
+        return Lying(tuple(tensor.shape), tensor.stride())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept weights of a layer: (kept,) int each.
+
+    Attributes:
+        outputs, inputs: channels that they connect.
+        rows, columns: of the kernel.
+        index: in the dense weight.
+        elements: of that.
+    """
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    index: np.ndarray
+    elements: int
+
+    @staticmethod
+    def of(mask: np.ndarray, groups: int) -> "Kept":
+        """Return the weights that a mask keeps: (outputs, inputs, rows, columns) bool, or without rows, or columns too."""
+        index = np.flatnonzero(mask)
+        shape = mask.shape[:2] + (1,) * (4 - mask.ndim) + mask.shape[2:]
+        outputs, inputs, rows, columns = np.unravel_index(index, shape)
+        return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)
