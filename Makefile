@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test sweep format bench engines gpu zoo foreign study clean
+.PHONY: install demo test sweep format bench training engines gpu zoo foreign study clean
 
 install: $(STAMP)
 
@@ -33,6 +33,9 @@ format: install
 
 bench: install  ## ratios side by side; other libraries run in an environment of their own
 	$(BIN)/python benchmarks/run.py
+
+training: install  ## training steps with kept weights only against dense ones: a section of benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/training.py --write
 
 engines: install  ## lowered models against other engines, in an hour: a section of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/engines.py --write

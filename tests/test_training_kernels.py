@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from passes.kernels import compiler
+from passes.kernels import compiler, products
 from passes.kernels.norms import normalize
 from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
@@ -249,7 +249,15 @@ def test_models_compute_the_same(make: type[nn.Module], compiled: bool) -> None:
     torch.testing.assert_close(fold(sparse).eval()(x), sparse.eval()(x))
 
 
-METHODS = [Static(), SET(interval=8), RigL(interval=8), SNFS(interval=8), GMP(interval=8), SRigL(interval=8), NM(2, 4, interval=8)]
+METHODS = [
+    Static(),
+    SET(interval=8),
+    RigL(interval=8),
+    SNFS(interval=8),
+    GMP(interval=8),
+    SRigL(interval=8),
+    NM(2, 4, interval=8),
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -304,6 +312,29 @@ def test_patterns_follow_their_masks() -> None:
     other = sparsify(nn.Sequential(nn.Linear(24, 16)), 0.5, seed=3)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model(x), other.train()(x))
+
+
+def test_weights_that_lie_channels_last() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2))
+    masked, sparse = (m.to(memory_format=torch.channels_last) for m in pair(model))
+    x = torch.randn(4, 5, 9, 9).to(memory_format=torch.channels_last)
+    for m in (masked, sparse):
+        m(x).square().mean().backward()
+    assert sparse[2].weight.grad.is_contiguous(memory_format=torch.channels_last)
+    assert_close([p.grad for p in sparse.parameters()], [p.grad for p in masked.parameters()])
+
+
+def test_tables_are_shared_by_numbers_of_tokens() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(96, 64)), 0.2, kernels="sparse").train()
+    mask = next(iter(model.updater.masks.values()))
+    for tokens in (65, 300, 1000, 7000, 7001, 9000):
+        x = torch.randn(tokens, 96, requires_grad=True)
+        torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias), rtol=1e-4, atol=1e-5)
+        model(x).sum().backward()
+    sums = products._PREPARED[mask]
+    assert len(sums.found) <= 3 * products._SHAPES
+    assert all(len(tables) <= 2 for tables in sums.tables.values())
 
 
 def test_gradients_add_up_and_are_computed_again() -> None:

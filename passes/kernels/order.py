@@ -33,9 +33,23 @@ def order_of(outputs: np.ndarray, inputs: np.ndarray, groups: int, channels: int
     chunk_groups = np.unique(np.concatenate([[0], chunk_groups, [groups]])).astype(np.int32)
     block = inputs // channels
     blocks = int(block.max(initial=0)) + 1
-    chunk = np.searchsorted(chunk_groups, outputs, side="right") - 1
     sizes = np.diff(chunk_groups)
+    chunk = np.repeat(np.arange(len(sizes)), np.diff(np.searchsorted(outputs, chunk_groups)))
     cell = chunk_groups[chunk].astype(np.int64) * blocks + block * sizes[chunk] + outputs - chunk_groups[chunk]
-    order = np.argsort(cell, kind="stable") if blocks > 1 else np.arange(len(cell))
+    # Outputs ascend already, so that chunks and blocks are all there is to sort by.
+    order = by_size(chunk * blocks + block) if blocks > 1 else np.arange(len(cell))
     starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=groups * blocks))]).astype(np.int32)
     return Order(blocks, chunk_groups, starts, order)
+
+
+def by_size(keys: np.ndarray) -> np.ndarray:
+    """Return the stable order of numbers from 0 on; where they are small, numpy sorts them digit by digit."""
+    small = len(keys) and keys.max() < 1 << 16
+    return np.argsort(keys.astype(np.uint16) if small else keys, kind="stable")
+
+
+def inverse(order: np.ndarray, count: int) -> np.ndarray:
+    """Return for each of so many things where it comes in an order of some of them, and -1 for those that do not."""
+    places = np.full(count, -1, np.int32)
+    places[order] = np.arange(len(order), dtype=np.int32)
+    return places

@@ -2,16 +2,26 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from passes.kernels.costs import Machine
+from passes.kernels.order import by_size
 from passes.kernels.sums import Part, Prepared
 from passes.kernels.windows import Kept, Lying, Window
 
 
 def forward_sum(
-    kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine, *, gradient: bool = False
+    kept: Kept,
+    kernel: Sequence[int],
+    window: Window,
+    x: Lying,
+    y: Lying,
+    machine: Machine,
+    tables: dict[Any, Any],
+    *,
+    gradient: bool = False,
 ) -> Prepared:
     """Return the sum that is a layer's output, or that whose gradient is that of the weight.
 
@@ -21,6 +31,7 @@ def forward_sum(
         window: what it looks at.
         x, y: input and output.
         machine: what it runs on.
+        tables: of these weights, made before.
         gradient: whether it is for the gradient, where a weight takes a vector of the cache.
     """
     phases, places = [], []
@@ -34,6 +45,7 @@ def forward_sum(
         shift=0,
         outputs=kept.outputs,
         inputs=kept.inputs,
+        order=np.arange(len(kept.index)),
         index=kept.index,
         planes=row_phase * len(phases[1]) + column_phase,
         rows=rows,
@@ -44,12 +56,14 @@ def forward_sum(
         blocked=window.groups == 1,
         pointwise=window.pointwise(kernel),
     )
-    return Prepared(x, [part], machine, gradient=gradient)
+    return Prepared(x, [part], machine, tables, gradient=gradient)
 
 
-def input_sum(kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine) -> Prepared:
+def input_sum(
+    kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Lying, machine: Machine, tables: dict[Any, Any]
+) -> Prepared:
     """Return the sums that are the gradient of a layer's input, one for every phase of the stride."""
-    by_input = np.argsort(kept.inputs, kind="stable")
+    by_input = by_size(kept.inputs)
     (sy, sx), (py, px), (dy, dx) = window.stride, window.padding, window.dilation
     images, channels, rows, columns = x.shape
     parts = []
@@ -63,7 +77,8 @@ def input_sum(kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Ly
             shift=fy * x.strides[2] + fx * x.strides[3],
             outputs=kept.inputs[order],
             inputs=kept.outputs[order],
-            index=kept.index[order],
+            order=order,
+            index=kept.index,
             planes=np.zeros_like(order),
             rows=down[meets] // sy,
             columns=across[meets] // sx,
@@ -74,4 +89,4 @@ def input_sum(kept: Kept, kernel: Sequence[int], window: Window, x: Lying, y: Ly
             pointwise=window.pointwise(kernel),
         )
         parts.append(part)
-    return Prepared(y, parts, machine)
+    return Prepared(y, parts, machine, tables)

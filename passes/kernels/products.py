@@ -22,7 +22,8 @@ from passes.kernels.parts import forward_sum, input_sum
 from passes.kernels.sums import Prepared
 from passes.kernels.windows import Kept, Lying, Window
 
-_SHAPES = 8  # of inputs, whose sums are kept for a mask
+_SHAPES = 4  # of inputs, whose sums are kept for a mask
+_TABLES = 8  # of weights, of each kind of sum
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _LIBRARY.define(f"convolve(Tensor x, Tensor weight, Tensor? bias, Tensor mask, {_WINDOW}, bool dense_gradient) -> Tensor")
@@ -37,8 +38,9 @@ class _Sums:
     """What was prepared for a mask, as it was at a version."""
 
     version: int
-    kept: Kept
+    kept: dict[Any, Any]  # by groups and how the weight lies
     found: dict[Any, Prepared]  # by what is computed and on which shapes
+    tables: dict[Any, dict[Any, Any]]  # that sums on other shapes may share, by what is computed
 
 
 _PREPARED: Any = WeakTensorKeyDictionary()
@@ -65,25 +67,31 @@ _MAKERS: dict[str, Any] = {
 }
 
 
-def _prepared(of: str, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
+def _prepared(of: str, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
     """Return the sums of a layer, made once for a mask and the shapes of input and output, until the mask is written to.
 
     Args:
         of: "output", or the gradient of the "input" or of the "weight".
-        mask: what is kept.
+        weight, mask: the dense weight, and what is kept of it.
         window: what it looks at.
         x, y: input and output.
     """
-    key = (of, window, Lying.of(x), Lying.of(y), threads())
+    last = _format(_four(weight)) == torch.channels_last
+    key = (of, last, window, Lying.of(x), Lying.of(y), threads())
     version = 0 if mask.is_inference() else mask._version
     with _LOCK:
         sums = _PREPARED.get(mask)
         if sums is None or sums.version != version:
-            sums = _PREPARED[mask] = _Sums(version, Kept.of(mask.numpy(), window.groups), {})
+            sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
         if key not in sums.found:
+            kept = sums.kept.setdefault((window.groups, last), None) or Kept.of(mask.numpy(), window.groups, last)
+            sums.kept[window.groups, last] = kept
+            tables = sums.tables.setdefault((of, window, last), {})
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
-            sums.found[key] = _MAKERS[of](sums.kept, _four(mask).shape[2:], window, key[2], key[3], machine())
+            if len(tables) > _TABLES:
+                tables.clear()
+            sums.found[key] = _MAKERS[of](kept, _four(mask).shape[2:], window, key[3], key[4], machine(), tables)
         return sums.found[key]
 
 
@@ -95,6 +103,12 @@ def _format(x: Tensor) -> torch.memory_format:
 def _four(weight: Tensor) -> Tensor:
     """Return a weight with rows and columns: those of a linear layer are 1, and the rows of a convolution along one line."""
     return weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Return a weight without gaps, outputs first."""
+    four = _four(weight)
+    return weight if four.is_contiguous() or four.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
 def _window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Window:
@@ -121,8 +135,8 @@ def _convolve(
     window = _window(stride, padding, dilation, groups)
     x = x.contiguous(memory_format=_format(x))
     y = _empty(x, weight, window)
-    bias = bias if bias is None else bias.contiguous()
-    _prepared("output", mask, window, x, y).run(_native(), x, y, weight.contiguous(), bias)
+    bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
+    _prepared("output", weight, mask, window, x, y).run(_native(), x, y, weight, bias)
     return y
 
 
@@ -148,18 +162,17 @@ def _convolve_backward(
 ) -> tuple[Tensor, Tensor]:
     window = _window(stride, padding, dilation, groups)
     x = x.contiguous(memory_format=_format(x))
-    grad = grad.contiguous(memory_format=_format(x))
+    grad, weight = grad.contiguous(memory_format=_format(x)), _dense(weight)
     of_x, of_weight = (torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip((x, weight), wanted, strict=True))
     if wanted[0]:
-        _prepared("input", mask, window, x, grad).run(_native(), grad, of_x, weight.contiguous(), None)
+        _prepared("input", weight, mask, window, x, grad).run(_native(), grad, of_x, weight, None)
     if wanted[1] and dense_gradient:
         four = _four(weight)
         only = (False, True, False)
         found = torch.ops.aten.convolution_backward(grad, x, four, None, stride, padding, dilation, False, [0, 0], groups, only)
         of_weight = found[1].reshape(weight.shape)
     elif wanted[1]:
-        of_weight = torch.empty(weight.shape)
-        _prepared("weight", mask, window, x, grad).gradient(_native(), x, grad, of_weight)
+        _prepared("weight", weight, mask, window, x, grad).gradient(_native(), x, grad, of_weight)
     return of_x, of_weight
 
 
@@ -167,7 +180,7 @@ def _convolve_backward(
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wanted = rest[-1]
     like = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
-    return like if wanted[0] else x.new_empty(0), weight.new_empty(weight.shape if wanted[1] else 0)
+    return like if wanted[0] else x.new_empty(0), torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

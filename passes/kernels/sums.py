@@ -15,7 +15,7 @@ from torch import Tensor
 
 from passes.kernels.compiler import threads
 from passes.kernels.costs import Machine, cut
-from passes.kernels.order import order_of
+from passes.kernels.order import Order, inverse, order_of
 from passes.kernels.windows import Lying
 
 _INTEGERS, _TABLE = ctypes.c_int64, ctypes.c_void_p
@@ -46,7 +46,9 @@ class Part:
     Attributes:
         target: the shape of the part, and how it lies.
         shift: of its first number from the start of the target.
-        outputs, inputs, index: (kept,) int, by outputs ascending.
+        outputs, inputs: (kept,) int, by outputs ascending.
+        order: (kept,) int, which of all kept weights they are.
+        index: (all kept) int, of these in the dense weight, ascending.
         planes: (kept,) the phase of the stride of the source.
         rows, columns: (kept,) from the output's pixel to the source's within the phase.
         phases: first row and column of the source that a phase has.
@@ -60,6 +62,7 @@ class Part:
     shift: int
     outputs: np.ndarray
     inputs: np.ndarray
+    order: np.ndarray
     index: np.ndarray
     planes: np.ndarray
     rows: np.ndarray
@@ -70,6 +73,11 @@ class Part:
     blocked: bool
     pointwise: bool
 
+    @property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """The output and the input of every weight."""
+        return self.outputs, self.inputs
+
 
 class Prepared:
     """Sums over the planes of one source, ready to run.
@@ -78,13 +86,16 @@ class Prepared:
         records: for the native library, one for every part of the target.
     """
 
-    def __init__(self, source: Lying, parts: Sequence[Part], machine: Machine, *, gradient: bool = False) -> None:
+    def __init__(
+        self, source: Lying, parts: Sequence[Part], machine: Machine, tables: dict[Any, Any], *, gradient: bool = False
+    ) -> None:
         """Prepare sums.
 
         Args:
             source: what they multiply.
             parts: what they write.
             machine: what they run on.
+            tables: of these weights, made before, for sums that need the same; new ones are added.
             gradient: whether they are for the gradient of the weight, where gradients of outputs and, for each weight of a
                 block, a vector stay in the next cache.
         """
@@ -108,14 +119,16 @@ class Prepared:
         together = _equal_shares(images, fitting // height)
         band = rows if together > 1 or fitting >= height else min(rows, max(1, fitting - above - below))
         height = band + below if band < rows else height
+        if last and images == 1:  # the same planes and tables for any number of pixels
+            height = fitting
         lead = -(-(above * pitch + left) // 16) * 16
         floats = lead + (together * height + below) * pitch + right + 2 * 16
         distance = (-(-floats // 16) | 1) * 16
-        run = ((together - 1) * height + band - 1) * pitch + columns
+        run = height * pitch if last and images == 1 else ((together - 1) * height + band - 1) * pitch + columns
         pieces = -(-images // together) * -(-rows // band)
-        self._tables: list[np.ndarray] = []
+        self._tables: list[Any] = []
         self.records = (Sum * len(parts))()
-        for record, part in zip(self.records, parts, strict=True):
+        for number, (record, part) in enumerate(zip(self.records, parts, strict=True)):
             record.images, record.channels = images, channels
             record.source_rows, record.source_columns = source_rows, source_columns
             record.source_image, record.source_channel, record.source_row, record.source_column = source.strides
@@ -123,13 +136,13 @@ class Prepared:
             record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
             record.last_columns, record.shift = last or record.columns, part.shift
             record.stride_rows, record.stride_columns = stride
-            record.phases, record.weights, record.elements = len(phases), len(part.index), part.elements
+            record.phases, record.weights, record.elements = len(phases), len(part.order), part.elements
             record.above, record.below, record.lead, record.pitch = above, below, lead, pitch
             record.height, record.distance, record.together, record.band = height, distance, together, band
             record.by_chunk = pieces < threads()
             record.tile, block, _ = cut(
                 machine,
-                len(part.index),
+                len(part.order),
                 record.outputs,
                 channels,
                 height=1 + above + below,
@@ -143,23 +156,13 @@ class Prepared:
             if gradient:
                 chunks = max(chunks, record.outputs * run * 16 // machine.next_cache)
                 most = machine.next_cache // 256 * -(-channels // block)
-            order = order_of(part.outputs, part.inputs, record.outputs, block, most, chunks)
-            record.blocks, record.chunks = order.blocks, len(order.chunk_groups) - 1
-            record.widest = int(np.diff(order.chunk_groups).max())
-            plane = part.inputs * len(phases) + part.planes
-            offsets = plane * distance + lead + part.rows * pitch + part.columns
-            ascending = np.argsort(part.index, kind="stable")
-            tables = {
-                "shifts": np.array(phases, np.int32),
-                "chunk_outputs": order.chunk_groups,
-                "starts": order.starts,
-                "offsets": offsets[order.order].astype(np.int32),
-                "index": part.index[ascending].astype(np.int32),
-                "place": np.argsort(order.order, kind="stable")[ascending].astype(np.int32),
-            }
-            for name, table in tables.items():
-                self._tables.append(np.ascontiguousarray(table))
-                setattr(record, name, self._tables[-1].ctypes.data)
+            key = (number, lead, pitch, distance, block, most, chunks, gradient)
+            if key not in tables:
+                tables[key] = _tables(part, lead, pitch, distance, order_of(*part.sums, record.outputs, block, most, chunks))
+            self._tables.append(tables[key])
+            record.blocks, record.chunks, record.widest, own = tables[key]
+            for name, table in own.items():
+                setattr(record, name, table.ctypes.data)
 
     def run(self, library: ctypes.CDLL, source: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Write the sums over the kept weights of `weight` to the target."""
@@ -170,6 +173,24 @@ class Prepared:
         """Write the gradient of the weight, of that of the target, to `weight`: 0 where nothing is kept."""
         given = (source.data_ptr(), target.data_ptr(), weight.data_ptr())
         _check(library.sparsify_sum_gradient(self.records, *given, threads()))
+
+
+def _tables(part: Part, lead: int, pitch: int, distance: int, order: Order) -> tuple[int, int, int, dict[str, np.ndarray]]:
+    """Return blocks, chunks and the most outputs of a chunk, and the tables of a sum over planes that lie like this."""
+    places = inverse(part.order, len(part.index))
+    own = places >= 0
+    plane = part.inputs * len(part.phases) + part.planes
+    offsets = plane * distance + lead + part.rows * pitch + part.columns
+    found = {
+        "shifts": np.array(part.phases, np.int32),
+        "chunk_outputs": order.chunk_groups,
+        "starts": order.starts,
+        "offsets": offsets[order.order].astype(np.int32),
+        "index": part.index[own].astype(np.int32),
+        "place": inverse(order.order, len(part.order))[places[own]],
+    }
+    widest = int(np.diff(order.chunk_groups).max())
+    return order.blocks, len(order.chunk_groups) - 1, widest, {k: np.ascontiguousarray(v) for k, v in found.items()}
 
 
 def _above(places: np.ndarray) -> int:

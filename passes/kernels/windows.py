@@ -47,7 +47,7 @@ class Kept:
     Attributes:
         outputs, inputs: channels that they connect.
         rows, columns: of the kernel.
-        index: in the dense weight.
+        index: in the dense weight, ascending, as outputs do.
         elements: of that.
     """
 
@@ -59,9 +59,17 @@ class Kept:
     elements: int
 
     @staticmethod
-    def of(mask: np.ndarray, groups: int) -> "Kept":
-        """Return the weights that a mask keeps: (outputs, inputs, rows, columns) bool, or without rows, or columns too."""
-        index = np.flatnonzero(mask)
-        shape = mask.shape[:2] + (1,) * (4 - mask.ndim) + mask.shape[2:]
-        outputs, inputs, rows, columns = np.unravel_index(index, shape)
+    def of(mask: np.ndarray, groups: int, last: bool) -> "Kept":
+        """Return the weights that a mask keeps.
+
+        Args:
+            mask: (outputs, inputs, rows, columns) bool, or without rows, or columns too.
+            groups: convolution groups.
+            last: whether the dense weight lies with its inputs last.
+        """
+        mask = mask.reshape(*mask.shape[:2], *(1,) * (4 - mask.ndim), *mask.shape[2:])
+        axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+        index = np.flatnonzero(mask.transpose(axes))
+        found = np.unravel_index(index, [mask.shape[axis] for axis in axes])
+        outputs, inputs, rows, columns = (found[axes.index(axis)] for axis in range(4))
         return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)

@@ -1,0 +1,162 @@
+"""Training: steps with kept weights only against dense ones, side by side.
+
+A step is forward, backward and SGD with momentum, on as many threads as torch has. Dense is the fastest of eager and compiled,
+contiguous and channels last, in the same round. Rounds take turns between all; a row takes as many as fit into its time, three
+at least. A profile says where the time of a step at 90% goes.
+"""
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from workload import sgd
+
+from sparsify import Static, sparsify
+from sparsify.costs.speed import processor
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+from networks import WideResNet22  # noqa: E402
+
+RESULTS = HERE / "RESULTS.md"
+HEADING = "## Training: kept weights only against dense"
+LEAST = 3  # rounds
+Step = Callable[[], None]
+
+
+def _perceptron() -> nn.Module:
+    layers = [nn.Linear(4096, 4096) for _ in range(3)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+def _blocks() -> nn.Module:
+    """The MLPs of ViT-B/16, four of them."""
+    return nn.Sequential(*(nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768)) for _ in range(4)))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "WRN-22-2, 128 x 32x32": (WideResNet22, (128, 3, 32, 32)),
+    "ResNet-50, 16 x 128x128": (torchvision.models.resnet50, (16, 3, 128, 128)),
+    "three layers of 4096, 128 rows": (_perceptron, (128, 4096)),
+    "MLPs of ViT-B/16, 4 x 197 tokens": (_blocks, (4, 197, 768)),
+}
+
+
+def _step(model: nn.Module, call: nn.Module, x: Tensor) -> Step:
+    """Return a step of a model, which `call` runs."""
+    model.train()
+    optimizer = sgd(model)
+    updater = getattr(model, "updater", None)
+    if updater:
+        updater.attach(optimizer, total_steps=1_000_000)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        y = call(x)
+        loss = F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long)) if y.dim() == 2 else y.square().mean()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _dense(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Step]:
+    """Return dense steps by name."""
+    found = {}
+    formats = (torch.contiguous_format, torch.channels_last) if x.dim() == 4 else (torch.contiguous_format,)
+    for kind in (False, True) if compiled else (False,):
+        for layout in formats:
+            own = copy.deepcopy(model).to(memory_format=layout)
+            given = x.contiguous(memory_format=layout)
+            name = f"{'compiled' if kind else 'eager'}{', channels last' * (layout == torch.channels_last)}"
+            found[name] = _step(own, torch.compile(own) if kind else own, given)
+    return found
+
+
+def sparse_step(model: nn.Module, x: Tensor, density: float, distribution: str, kernels: str) -> Step:
+    """Return a step of a sparse copy."""
+    budget = {"*": density} if isinstance(model, nn.Sequential) and distribution == "uniform" else density
+    sparse = sparsify(model, budget, distribution, method=Static(), kernels=kernels)
+    return _step(sparse, sparse, x)
+
+
+def measure(name: str, density: float, distribution: str, budget: float, compiled: bool) -> list[str]:
+    """Return a row: the milliseconds of a step with kept weights only, and what dense and masked steps take over it."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    dense = _dense(model, x, compiled)
+    steps = dense | {k: sparse_step(model, x, density, distribution, k) for k in ("masked", "sparse", "auto")}
+    seconds: dict[str, list[float]] = {step: [] for step in steps}
+    for step in steps.values():
+        step()
+        step()
+    started = time.perf_counter()
+    while len(seconds["auto"]) < LEAST or time.perf_counter() - started < budget:
+        for step, run in steps.items():
+            begin = time.perf_counter()
+            run()
+            seconds[step].append(time.perf_counter() - begin)
+    fastest = [min(times) for times in zip(*(seconds[step] for step in dense), strict=True)]
+    best = min(dense, key=lambda step: median(seconds[step]))
+    ratios = [median(f / t for f, t in zip(fastest, seconds[k], strict=True)) for k in ("auto", "sparse", "masked")]
+    row = f"{name}, {distribution} {density:g}"
+    return [row, f"{1e3 * median(seconds['auto']):.0f}", *(f"{r:.2f}" for r in ratios), best, str(len(seconds["auto"]))]
+
+
+def profiled(name: str) -> str:
+    """Return where the time of a step at 90% goes, by operator."""
+    make, shape = MODELS[name]
+    step = sparse_step(make(), torch.randn(shape), 0.1, "uniform", "auto")
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    rows = [(e.key.removeprefix("GeneratedBackwardFor_"), f"{e.self_cpu_time_total / total:.0%}", e.count) for e in events[:8]]
+    return f"One step of {name}, uniform 0.1, by operator:\n\n{tabulate(rows, ['operator', 'share', 'calls'], 'github')}"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05, 0.02])
+    parser.add_argument("--distributions", nargs="+", default=["uniform", "erk"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of a row")
+    parser.add_argument("--eager", action="store_true", help="leave compiled steps out, which take minutes to compile")
+    parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    for name in args.models:
+        for distribution in args.distributions:
+            for density in args.densities:
+                rows.append(measure(name, density, distribution, args.seconds, not args.eager))
+                print(*rows[-1], file=sys.stderr, sep=" | ", flush=True)
+    heads = ["step", "auto, ms", "dense / auto", "dense / sparse", "dense / masked", "fastest dense", "rounds"]
+    facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    profiles = "\n\n".join(profiled(name) for name in args.models[:2])
+    text = f"{HEADING}\n\nHow many times as long dense steps take; {facts}.\n\n"
+    text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n{profiles}\n"
+    print(text)
+    if args.write:
+        before, _, after = RESULTS.read_text().partition(HEADING)
+        after = after.partition("\n## ")[1:]
+        RESULTS.write_text(f"{before.rstrip()}\n\n{text}{''.join(after)}")
+
+
+if __name__ == "__main__":
+    main()
