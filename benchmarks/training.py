@@ -1,8 +1,8 @@
 """Training: steps with kept weights only against dense ones, side by side.
 
 A step is forward, backward and SGD with momentum, on as many threads as torch has. Dense is the fastest of eager and compiled,
-contiguous and channels last, in the same round. Rounds take turns between all; a row takes as many as fit into its time, three
-at least. A profile says where the time of a step at 90% goes.
+contiguous and channels last, in the same round. Rounds take turns between all; a model takes as many as fit into its time,
+three at least. A profile says where the time of a step at 90% goes.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,29 +92,41 @@ def sparse_step(model: nn.Module, x: Tensor, density: float, distribution: str, 
     return _step(sparse, sparse, x)
 
 
-def measure(name: str, density: float, distribution: str, budget: float, compiled: bool) -> list[str]:
-    """Return a row: the milliseconds of a step with kept weights only, and what dense and masked steps take over it."""
+def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: bool) -> list[list[str]]:
+    """Return a row for every distribution and density: how many times as long the fastest dense step takes."""
     torch.manual_seed(0)
-    torch.compiler.reset()
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     dense = _dense(model, x, compiled)
-    steps = dense | {k: sparse_step(model, x, density, distribution, k) for k in ("masked", "sparse", "auto")}
-    seconds: dict[str, list[float]] = {step: [] for step in steps}
+    sparse = {(*case, k): sparse_step(model, x, case[1], case[0], k) for case in cases for k in ("auto", "sparse")}
+    masked = (*cases[0], "masked")
+    steps: dict[Any, Step] = {**dense, **sparse, masked: sparse_step(model, x, cases[0][1], cases[0][0], "masked")}
+    seconds: dict[Any, list[float]] = {step: [] for step in steps}
     for step in steps.values():
         step()
         step()
     started = time.perf_counter()
-    while len(seconds["auto"]) < LEAST or time.perf_counter() - started < budget:
+    while len(seconds[masked]) < LEAST or time.perf_counter() - started < budget:
         for step, run in steps.items():
             begin = time.perf_counter()
             run()
             seconds[step].append(time.perf_counter() - begin)
     fastest = [min(times) for times in zip(*(seconds[step] for step in dense), strict=True)]
     best = min(dense, key=lambda step: median(seconds[step]))
-    ratios = [median(f / t for f, t in zip(fastest, seconds[k], strict=True)) for k in ("auto", "sparse", "masked")]
-    row = f"{name}, {distribution} {density:g}"
-    return [row, f"{1e3 * median(seconds['auto']):.0f}", *(f"{r:.2f}" for r in ratios), best, str(len(seconds["auto"]))]
+
+    def ratio(case: Any) -> str:
+        return f"{median(f / t for f, t in zip(fastest, seconds[case], strict=True)):.2f}" if case in seconds else ""
+
+    return [
+        [
+            f"{name}, {case[0]} {case[1]:g}",
+            f"{1e3 * median(seconds[(*case, 'auto')]):.0f}",
+            *(ratio((*case, kernels)) for kernels in ("auto", "sparse", "masked")),
+            best,
+            str(len(fastest)),
+        ]
+        for case in cases
+    ]
 
 
 def profiled(name: str) -> str:
@@ -135,17 +148,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05, 0.02])
     parser.add_argument("--distributions", nargs="+", default=["uniform", "erk"])
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of a row")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a model")
     parser.add_argument("--eager", action="store_true", help="leave compiled steps out, which take minutes to compile")
     parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    cases = [(distribution, density) for distribution in args.distributions for density in args.densities]
     rows = []
     for name in args.models:
-        for distribution in args.distributions:
-            for density in args.densities:
-                rows.append(measure(name, density, distribution, args.seconds, not args.eager))
-                print(*rows[-1], file=sys.stderr, sep=" | ", flush=True)
+        rows += measure(name, cases, args.seconds, not args.eager)
+        print(*rows[-len(cases) :], file=sys.stderr, sep="\n", flush=True)
     heads = ["step", "auto, ms", "dense / auto", "dense / sparse", "dense / masked", "fastest dense", "rounds"]
     facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     profiles = "\n\n".join(profiled(name) for name in args.models[:2])

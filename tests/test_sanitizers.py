@@ -1,8 +1,10 @@
 """The native code under the compiler's sanitizers: no access outside of memory, nothing undefined, no race."""
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,19 @@ def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
 def test_wide_vectors_compute_the_same(tmp_path: Path) -> None:
     """The vectors of AVX-512, of which the compiler makes several narrow ones where the processor has no such."""
     check(tmp_path, Machine(16, {1: 14, 4: 7}, 32768), "-D__AVX512F__")
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(GXX is None, reason="there is no g++ here")
+def test_training_touches_no_memory_outside_of_tensors(tmp_path: Path) -> None:
+    """The tests of layers and norms again, in a process whose native library is built with the sanitizers."""
+    libraries = [
+        subprocess.run([str(GXX), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    own = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
+    own["CXX"] = f"{GXX} -fsanitize=address,undefined -fno-sanitize-recover=all"
+    tests = Path(__file__).with_name("test_training_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "test_layers or test_norms or test_linear", str(tests)]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -235,8 +235,10 @@ def pair(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
 def test_models_compute_the_same(make: type[nn.Module], compiled: bool) -> None:
     torch.manual_seed(0)
     masked, sparse = pair(make())
+    if make is WideResNet22:
+        use_kernels(sparse, "auto")
     x = torch.randn(4, 8 if make is Residual else 3, 16, 16)
-    calls = [masked, torch.compile(sparse, backend="aot_eager") if compiled else sparse]
+    calls = [masked, torch.compile(sparse, backend="aot_eager", fullgraph=True) if compiled else sparse]
     results = []
     for model, call in zip((masked, sparse), calls, strict=True):
         loss = call(x.clone()).square().mean()
@@ -407,9 +409,12 @@ def test_a_fallback_is_said_once() -> None:
 
 def test_without_native_loops_everything_runs_masked() -> None:
     code = (
-        "import torch\nfrom torch import nn\nfrom sparsify import sparsify\n"
+        "import torch\nfrom torch import nn\nfrom sparsify import sparsify\nfrom passes.kernels.products import linear\n"
         "model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5, kernels='auto').train()\n"
         "model(torch.randn(2, 8)).sum().backward()\nprint(int((model[0].weight.grad != 0).sum()))\n"
+        "w = torch.randn(8, 8, requires_grad=True)\nmask = torch.rand(8, 8) < 0.5\n"
+        "linear(torch.randn(4, 8, requires_grad=True), w, None, mask, False).sum().backward()\n"
+        "assert torch.equal(w.grad != 0, mask)\n"
     )
     environment = {**os.environ, "SPARSIFY_NATIVE": "0", "PYTHONPATH": str(Path(compiler.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -155,14 +155,14 @@ def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outpu
     return CALL / 2 + weights * max(pixels / (2 * machine.lanes * share), 0.5) + outputs / 4
 
 
-def pays(machine: Machine, shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window) -> bool:
+def pays(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window) -> bool:
     """Return whether a layer and its gradients are faster with kept weights only, by a model of what both take.
 
     Cycles of one core, fitted to layers of ResNet-50 and WRN-22-2. Dense, two vectors of products take 1.2, and a number read
     or written 0.6; with kept weights only, one vector takes 1.2, a number 2.5, since it is copied, and a weight 25.
 
     Args:
-        machine: what it runs on.
+        lanes: numbers in a vector of the native loops; 0 where there are none.
         shape: of the input: (images, inputs, rows, columns).
         weight: the weight's shape.
         kept: how many of its elements are kept.
@@ -171,7 +171,8 @@ def pays(machine: Machine, shape: tuple[int, ...], weight: tuple[int, ...], kept
     four = (*weight[:2], *(1,) * (4 - len(weight)), *weight[2:])
     images, outputs, rows, columns = window.out(shape, four)
     pixels, numbers = images * rows * columns, math.prod(shape) + images * outputs * rows * columns
-    lanes = machine.lanes
+    if not lanes:
+        return False
     share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
     dense = 0.6 * math.prod(four) * pixels / lanes / share + 0.6 * numbers
     return 1.2 * kept * pixels / lanes + 2.5 * numbers + 25 * kept + 2 * CALL < dense

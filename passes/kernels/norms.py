@@ -40,7 +40,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 def _native() -> ctypes.CDLL:
     library = native()
     if library is None:
-        raise RuntimeError("sparsify::normalize needs the native loops; kernels='masked' needs none.")
+        raise RuntimeError("sparsify::normalize needs the native loops, and the model was compiled where there were some.")
     return library
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -47,17 +48,16 @@ _PREPARED: Any = WeakTensorKeyDictionary()
 _LOCK = threading.Lock()
 
 
-@functools.lru_cache(maxsize=1)
-def machine() -> Machine:
-    """Return the machine at hand."""
-    return this_machine(_native())
+@functools.cache
+def _machine(library: ctypes.CDLL) -> Machine:
+    return this_machine(library)
 
 
-def _native() -> ctypes.CDLL:
+@torch.compiler.assume_constant_result
+def lanes() -> int:
+    """Return how many numbers the native loops compute with at once; 0 where there are none."""
     library = native()
-    if library is None:
-        raise RuntimeError("sparsify::convolve needs the native loops; kernels='masked' needs none.")
-    return library
+    return _machine(library).lanes if library else 0
 
 
 _MAKERS: dict[str, Any] = {
@@ -67,11 +67,12 @@ _MAKERS: dict[str, Any] = {
 }
 
 
-def _prepared(of: str, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
+def _prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
     """Return the sums of a layer, made once for a mask and the shapes of input and output, until the mask is written to.
 
     Args:
         of: "output", or the gradient of the "input" or of the "weight".
+        library: the native one.
         weight, mask: the dense weight, and what is kept of it.
         window: what it looks at.
         x, y: input and output.
@@ -91,7 +92,7 @@ def _prepared(of: str, weight: Tensor, mask: Tensor, window: Window, x: Tensor, 
                 sums.found.pop(next(iter(sums.found)))
             if len(tables) > _TABLES:
                 tables.clear()
-            sums.found[key] = _MAKERS[of](kept, _four(mask).shape[2:], window, key[3], key[4], machine(), tables)
+            sums.found[key] = _MAKERS[of](kept, _four(mask).shape[2:], window, key[3], key[4], _machine(library), tables)
         return sums.found[key]
 
 
@@ -134,9 +135,11 @@ def _convolve(
 ) -> Tensor:
     window = _window(stride, padding, dilation, groups)
     x = x.contiguous(memory_format=_format(x))
+    if (library := native()) is None:
+        return F.conv2d(x, _four(torch.where(mask, weight, 0)), bias, stride, padding, dilation, groups)
     y = _empty(x, weight, window)
     bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
-    _prepared("output", weight, mask, window, x, y).run(_native(), x, y, weight, bias)
+    _prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
     return y
 
 
@@ -163,16 +166,24 @@ def _convolve_backward(
     window = _window(stride, padding, dilation, groups)
     x = x.contiguous(memory_format=_format(x))
     grad, weight = grad.contiguous(memory_format=_format(x)), _dense(weight)
-    of_x, of_weight = (torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip((x, weight), wanted, strict=True))
-    if wanted[0]:
-        _prepared("input", weight, mask, window, x, grad).run(_native(), grad, of_x, weight, None)
-    if wanted[1] and dense_gradient:
-        four = _four(weight)
-        only = (False, True, False)
-        found = torch.ops.aten.convolution_backward(grad, x, four, None, stride, padding, dilation, False, [0, 0], groups, only)
-        of_weight = found[1].reshape(weight.shape)
+    library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
+
+    def by_torch(which: Sequence[bool]) -> Sequence[Any]:
+        kept = _four(torch.where(mask, weight, 0))
+        numbers = (stride, padding, dilation, False, [0, 0], groups)
+        return torch.ops.aten.convolution_backward(grad, x, kept, None, *numbers, [*which, False])
+
+    if wanted[0] and library:
+        of_x = torch.empty_like(x)
+        _prepared("input", library, weight, mask, window, x, grad).run(library, grad, of_x, weight, None)
+    elif wanted[0]:
+        of_x = by_torch((True, False))[0]
+    if wanted[1] and library and not dense_gradient:
+        of_weight = torch.empty_like(weight)
+        _prepared("weight", library, weight, mask, window, x, grad).gradient(library, x, grad, of_weight)
     elif wanted[1]:
-        _prepared("weight", weight, mask, window, x, grad).gradient(_native(), x, grad, of_weight)
+        of_weight = by_torch((False, True))[1].reshape(weight.shape)
+        of_weight = of_weight if dense_gradient else torch.where(mask, of_weight, 0)
     return of_x, of_weight
 
 

@@ -16,7 +16,7 @@ from passes.capture.host import masked
 from passes.capture.leaves import is_builtin
 from passes.kernels.compiler import native
 from passes.kernels.costs import pays
-from passes.kernels.products import convolve, linear, machine
+from passes.kernels.products import convolve, lanes, linear
 from passes.kernels.windows import Window
 from passes.masking.mask import Mask, masks_of
 from passes.masking.norms import with_whole_norms
@@ -108,7 +108,7 @@ def _pays(module: Any, input: Tensor, weight: Tensor, mask: Mask) -> bool:
         shape, window = (1, input.shape[-1], 1, input.numel() // input.shape[-1]), Window()
     else:
         shape, window = tuple(_image(input).shape), _window(module)
-    return pays(machine(), shape, tuple(weight.shape), mask.nonzeros, window)
+    return pays(lanes(), shape, tuple(weight.shape), mask.last_nonzeros, window)
 
 
 def _image(input: Tensor) -> Tensor:

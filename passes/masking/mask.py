@@ -70,6 +70,11 @@ class Mask(Guest):
             self.nonzeros = int(self.mask.sum())
         return self._nonzeros
 
+    @property
+    def last_nonzeros(self) -> int:
+        """The same, as it was when it was last counted, for code that is compiled."""
+        return self._nonzeros
+
     @nonzeros.setter
     def nonzeros(self, count: int) -> None:
         self._nonzeros, self._counted = count, self._written()
