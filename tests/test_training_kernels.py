@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from passes.kernels import compiler, products
+from passes.kernels import cache, compiler
 from passes.kernels.norms import normalize
 from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
@@ -334,8 +334,8 @@ def test_tables_are_shared_by_numbers_of_tokens() -> None:
         x = torch.randn(tokens, 96, requires_grad=True)
         torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias), rtol=1e-4, atol=1e-5)
         model(x).sum().backward()
-    sums = products._PREPARED[mask]
-    assert len(sums.found) <= 3 * products._SHAPES
+    sums = cache._PREPARED[mask]
+    assert len(sums.found) <= 3 * cache._SHAPES
     assert all(len(tables) <= 2 for tables in sums.tables.values())
 
 

@@ -5,26 +5,17 @@ masked path: 0 for dropped weights, except in the step whose dense gradient deci
 weight, and that alone. A linear layer is a convolution of an image one pixel high, whose channels lie innermost.
 """
 
-import ctypes
-import functools
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from passes.kernels.compiler import native, threads
-from passes.kernels.costs import Machine, this_machine
-from passes.kernels.parts import forward_sum, input_sum
-from passes.kernels.sums import Prepared
-from passes.kernels.windows import Kept, Lying, Window
+from passes.kernels.cache import format_of, prepared, with_pixels
+from passes.kernels.compiler import native
+from passes.kernels.windows import Window
 
-_SHAPES = 4  # of inputs, whose sums are kept for a mask
-_TABLES = 8  # of weights, of each kind of sum
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _LIBRARY.define(f"convolve(Tensor x, Tensor weight, Tensor? bias, Tensor mask, {_WINDOW}, bool dense_gradient) -> Tensor")
@@ -34,81 +25,9 @@ _LIBRARY.define(
 )
 
 
-@dataclass
-class _Sums:
-    """What was prepared for a mask, as it was at a version."""
-
-    version: int
-    kept: dict[Any, Any]  # by groups and how the weight lies
-    found: dict[Any, Prepared]  # by what is computed and on which shapes
-    tables: dict[Any, dict[Any, Any]]  # that sums on other shapes may share, by what is computed
-
-
-_PREPARED: Any = WeakTensorKeyDictionary()
-_LOCK = threading.Lock()
-
-
-@functools.cache
-def _machine(library: ctypes.CDLL) -> Machine:
-    return this_machine(library)
-
-
-@torch.compiler.assume_constant_result
-def lanes() -> int:
-    """Return how many numbers the native loops compute with at once; 0 where there are none."""
-    library = native()
-    return _machine(library).lanes if library else 0
-
-
-_MAKERS: dict[str, Any] = {
-    "output": forward_sum,
-    "input": input_sum,
-    "weight": functools.partial(forward_sum, gradient=True),
-}
-
-
-def _prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
-    """Return the sums of a layer, made once for a mask and the shapes of input and output, until the mask is written to.
-
-    Args:
-        of: "output", or the gradient of the "input" or of the "weight".
-        library: the native one.
-        weight, mask: the dense weight, and what is kept of it.
-        window: what it looks at.
-        x, y: input and output.
-    """
-    last = _format(_four(weight)) == torch.channels_last
-    key = (of, last, window, Lying.of(x), Lying.of(y), threads())
-    version = 0 if mask.is_inference() else mask._version
-    with _LOCK:
-        sums = _PREPARED.get(mask)
-        if sums is None or sums.version != version:
-            sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
-        if key not in sums.found:
-            kept = sums.kept.setdefault((window.groups, last), None) or Kept.of(mask.numpy(), window.groups, last)
-            sums.kept[window.groups, last] = kept
-            tables = sums.tables.setdefault((of, window, last), {})
-            if len(sums.found) >= 3 * _SHAPES:
-                sums.found.pop(next(iter(sums.found)))
-            if len(tables) > _TABLES:
-                tables.clear()
-            sums.found[key] = _MAKERS[of](kept, _four(mask).shape[2:], window, key[3], key[4], _machine(library), tables)
-        return sums.found[key]
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _four(weight: Tensor) -> Tensor:
-    """Return a weight with rows and columns: those of a linear layer are 1, and the rows of a convolution along one line."""
-    return weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
-
-
 def _dense(weight: Tensor) -> Tensor:
     """Return a weight without gaps, outputs first."""
-    four = _four(weight)
+    four = with_pixels(weight)
     return weight if four.is_contiguous() or four.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
@@ -117,8 +36,8 @@ def _window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[in
 
 
 def _empty(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    shape = window.out(x.shape, _four(weight).shape)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    shape = window.out(x.shape, with_pixels(weight).shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
 @torch.library.impl(_LIBRARY, "convolve", "CPU")
@@ -134,12 +53,12 @@ def _convolve(
     dense_gradient: bool,
 ) -> Tensor:
     window = _window(stride, padding, dilation, groups)
-    x = x.contiguous(memory_format=_format(x))
+    x = x.contiguous(memory_format=format_of(x))
     if (library := native()) is None:
-        return F.conv2d(x, _four(torch.where(mask, weight, 0)), bias, stride, padding, dilation, groups)
+        return F.conv2d(x, with_pixels(torch.where(mask, weight, 0)), bias, stride, padding, dilation, groups)
     y = _empty(x, weight, window)
     bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
-    _prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
+    prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
     return y
 
 
@@ -164,23 +83,23 @@ def _convolve_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     window = _window(stride, padding, dilation, groups)
-    x = x.contiguous(memory_format=_format(x))
-    grad, weight = grad.contiguous(memory_format=_format(x)), _dense(weight)
+    x = x.contiguous(memory_format=format_of(x))
+    grad, weight = grad.contiguous(memory_format=format_of(x)), _dense(weight)
     library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
 
     def by_torch(which: Sequence[bool]) -> Sequence[Any]:
-        kept = _four(torch.where(mask, weight, 0))
+        kept = with_pixels(torch.where(mask, weight, 0))
         numbers = (stride, padding, dilation, False, [0, 0], groups)
         return torch.ops.aten.convolution_backward(grad, x, kept, None, *numbers, [*which, False])
 
     if wanted[0] and library:
         of_x = torch.empty_like(x)
-        _prepared("input", library, weight, mask, window, x, grad).run(library, grad, of_x, weight, None)
+        prepared("input", library, weight, mask, window, x, grad).run(library, grad, of_x, weight, None)
     elif wanted[0]:
         of_x = by_torch((True, False))[0]
     if wanted[1] and library and not dense_gradient:
         of_weight = torch.empty_like(weight)
-        _prepared("weight", library, weight, mask, window, x, grad).gradient(library, x, grad, of_weight)
+        prepared("weight", library, weight, mask, window, x, grad).gradient(library, x, grad, of_weight)
     elif wanted[1]:
         of_weight = by_torch((False, True))[1].reshape(weight.shape)
         of_weight = of_weight if dense_gradient else torch.where(mask, of_weight, 0)
@@ -190,7 +109,7 @@ def _convolve_backward(
 @torch.library.register_fake("sparsify::convolve_backward", lib=_LIBRARY)
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wanted = rest[-1]
-    like = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    like = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
     return like if wanted[0] else x.new_empty(0), torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
 
 
@@ -209,7 +128,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         wanted = (needs[0], needs[1], False)
         stride, padding, dilation, groups = ctx.window
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, _four(masked), None, stride, padding, dilation, False, [0, 0], groups, wanted
+            grad, x, with_pixels(masked), None, stride, padding, dilation, False, [0, 0], groups, wanted
         )
         if needs[1]:
             of_weight = of_weight.reshape(weight.shape)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from passes.capture.captured import Captured
 from passes.capture.host import masked
 from passes.capture.leaves import is_builtin
+from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
 from passes.kernels.costs import pays
-from passes.kernels.products import convolve, lanes, linear
+from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
 from passes.masking.mask import Mask, masks_of
 from passes.masking.norms import with_whole_norms

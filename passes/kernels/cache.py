@@ -1,0 +1,93 @@
+"""Cache: the sums of a layer, prepared once for a mask until something writes to it."""
+
+import ctypes
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from passes.kernels.compiler import native, threads
+from passes.kernels.costs import Machine, this_machine
+from passes.kernels.parts import forward_sum, input_sum
+from passes.kernels.sums import Prepared
+from passes.kernels.windows import Kept, Lying, Window
+
+_SHAPES = 4  # of inputs, whose sums are kept for a mask
+_TABLES = 8  # of weights, of each kind of sum
+
+
+@dataclass
+class _Sums:
+    """What was prepared for a mask, as it was at a version."""
+
+    version: int
+    kept: dict[Any, Any]  # by groups and how the weight lies
+    found: dict[Any, Prepared]  # by what is computed and on which shapes
+    tables: dict[Any, dict[Any, Any]]  # that sums on other shapes may share, by what is computed
+
+
+_PREPARED: Any = WeakTensorKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _machine(library: ctypes.CDLL) -> Machine:
+    return this_machine(library)
+
+
+@torch.compiler.assume_constant_result
+def lanes() -> int:
+    """Return how many numbers the native loops compute with at once; 0 where there are none."""
+    library = native()
+    return _machine(library).lanes if library else 0
+
+
+_MAKERS: dict[str, Any] = {
+    "output": forward_sum,
+    "input": input_sum,
+    "weight": functools.partial(forward_sum, gradient=True),
+}
+
+
+def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor) -> Prepared:
+    """Return the sums of a layer, made once for a mask and the shapes of input and output, until the mask is written to.
+
+    Args:
+        of: "output", or the gradient of the "input" or of the "weight".
+        library: the native one.
+        weight, mask: the dense weight, and what is kept of it.
+        window: what it looks at.
+        x, y: input and output.
+    """
+    last = format_of(with_pixels(weight)) == torch.channels_last
+    key = (of, last, window, Lying.of(x), Lying.of(y), threads())
+    version = 0 if mask.is_inference() else mask._version
+    with _LOCK:
+        sums = _PREPARED.get(mask)
+        if sums is None or sums.version != version:
+            sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
+        if key not in sums.found:
+            kept = sums.kept.setdefault((window.groups, last), None) or Kept.of(mask.numpy(), window.groups, last)
+            sums.kept[window.groups, last] = kept
+            tables = sums.tables.setdefault((of, window, last), {})
+            if len(sums.found) >= 3 * _SHAPES:
+                sums.found.pop(next(iter(sums.found)))
+            if len(tables) > _TABLES:
+                tables.clear()
+            sums.found[key] = _MAKERS[of](kept, with_pixels(mask).shape[2:], window, key[3], key[4], _machine(library), tables)
+        return sums.found[key]
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """Return whether channels lie last, where that is not the same as contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def with_pixels(weight: Tensor) -> Tensor:
+    """Return a weight with rows and columns: those of a linear layer are 1, and the rows of a convolution along one line."""
+    return weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
