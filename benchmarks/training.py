@@ -11,6 +11,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -154,15 +156,18 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cases = [(distribution, density) for distribution in args.distributions for density in args.densities]
-    rows = []
-    for name in args.models:
-        rows += measure(name, cases, args.seconds, not args.eager)
-        print(*rows[-len(cases) :], file=sys.stderr, sep="\n", flush=True)
+    rows, profiles = [], []
+    # A process for each model: compiled steps and their memory stay as long as it does.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in args.models:
+            rows += pool.submit(measure, name, cases, args.seconds, not args.eager).result()
+            print(*rows[-len(cases) :], file=sys.stderr, sep="\n", flush=True)
+        for name in args.models[:2]:
+            profiles.append(pool.submit(profiled, name).result())
     heads = ["step", "auto, ms", "dense / auto", "dense / sparse", "dense / masked", "fastest dense", "rounds"]
     facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    profiles = "\n\n".join(profiled(name) for name in args.models[:2])
     text = f"{HEADING}\n\nHow many times as long dense steps take; {facts}.\n\n"
-    text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n{profiles}\n"
+    text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n{chr(10).join(profiles)}\n"
     print(text)
     if args.write:
         before, _, after = RESULTS.read_text().partition(HEADING)
