@@ -167,7 +167,8 @@ def main() -> None:
     heads = ["step", "auto, ms", "dense / auto", "dense / sparse", "dense / masked", "fastest dense", "rounds"]
     facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = f"{HEADING}\n\nHow many times as long dense steps take; {facts}.\n\n"
-    text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n{chr(10).join(profiles)}\n"
+    text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n"
+    text += "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:
         before, _, after = RESULTS.read_text().partition(HEADING)

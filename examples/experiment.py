@@ -31,6 +31,8 @@ from tasks import TASKS
 from tqdm import tqdm
 from train import METHODS, Run, train
 
+from passes.masking.kernels import KERNELS
+
 Results = list[dict[str, Any]]
 
 
@@ -81,7 +83,7 @@ def search(options: argparse.Namespace) -> Results:
     """
     import optuna
 
-    task, base = TASKS[options.task], Run(options.task, density=options.densities[0], validation=True)
+    task, base = TASKS[options.task], Run(options.task, density=options.densities[0], validation=True, kernels=options.kernels)
     options.results.mkdir(parents=True, exist_ok=True)
     better = "maximize" if task.metric == "accuracy" else "minimize"
     storage = f"sqlite:///{options.results / 'search.db'}"
@@ -166,12 +168,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=30, help="of the search")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--kernels", choices=KERNELS, default="masked", help="auto and sparse: with kept weights only, on a CPU"
+    )
     parser.add_argument("--quick", action="store_true", help="one epoch on little data, one seed, two densities")
     options = parser.parse_args(argv)
     if options.quick:
         options.seeds, options.densities = 1, options.densities[:2]
     options.results = options.results / options.experiment / f"{options.task}{'-quick' * options.quick}"
-    results = search(options) if options.experiment == "search" else run_all(grid(options.experiment, options), options)
+    runs = [] if options.experiment == "search" else grid(options.experiment, options)
+    runs = [replace(run, kernels=options.kernels) for run in runs]
+    results = run_all(runs, options) if runs else search(options)
     report(results, options.task, options.results)
 
 

@@ -50,6 +50,7 @@ class Run:
     interval: int | None = None  # None: the task's
     drop_fraction: float = 0.3
     validation: bool = False  # whether the score is that of held-out training data, for choosing hyper-parameters
+    kernels: str = "masked"  # what masked layers run on a CPU: `sparsify` says
     flops: bool = False  # density stands for the uniform distribution's, and this one's is set to the same FLOPs
 
     @property
@@ -163,9 +164,9 @@ def _build(run: Run, task: Task, dense: nn.Module, folder: Path, root: Path | No
         train(parent, folder, root, quick, show=False)
         masks = torch.load(folder / f"{parent.name}.masks.pt")
         if run.method == "lottery":  # the weights that its parent started from
-            return sparsify(dense, masks=masks, method="static")
+            return sparsify(dense, masks=masks, method="static", kernels=run.kernels)
         torch.manual_seed(run.seed + 1000)
-        return sparsify(task.model(), masks=masks, method="static", init="fan_in")
+        return sparsify(task.model(), masks=masks, method="static", init="fan_in", kernels=run.kernels)
     interval = run.interval or task.interval
     interval = min(interval, max(1, total // 10)) if quick else interval
     method = METHODS[run.method](interval, run.drop_fraction, task)
@@ -177,7 +178,7 @@ def _build(run: Run, task: Task, dense: nn.Module, folder: Path, root: Path | No
         budget = {"flops": uniform.inference_ratio, "inputs": task.inputs}
     init = "keep" if method.prunes else "fan_in"
     distribution = "erk" if run.distribution == "constant" else run.distribution
-    return sparsify(dense, distribution=distribution, method=method, seed=run.seed, init=init, **budget)
+    return sparsify(dense, distribution=distribution, method=method, seed=run.seed, init=init, kernels=run.kernels, **budget)
 
 
 def _share_of_parameters(dense: nn.Module, density: float) -> float:

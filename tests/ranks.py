@@ -115,11 +115,11 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 # What ranks do
 
 
-def ddp_methods(rank: int, methods: list[Method], steps: int) -> dict[str, dict[str, Tensor]]:
+def ddp_methods(rank: int, methods: list[Method], steps: int, kernels: str = "masked") -> dict[str, dict[str, Tensor]]:
     """Train every method under DDP on different data, with accumulation under no_sync."""
     results = {}
     for method in methods:
-        model = make(method)
+        model = make(method, kernels=kernels)
         optimizer = sgd(model)
         model.updater.attach(optimizer, total_steps=steps)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

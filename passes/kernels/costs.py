@@ -159,7 +159,7 @@ def pays(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int,
     """Return whether a layer and its gradients are faster with kept weights only, by a model of what both take.
 
     Cycles of one core, fitted to layers of ResNet-50 and WRN-22-2. Dense, two vectors of products take 1.2, and a number read
-    or written 0.6; with kept weights only, one vector takes 1.2, a number 2.5, since it is copied, and a weight 25.
+    or written 0.6; with kept weights only, one vector takes 1.2, a number 1.8, since it is copied, and a weight 25.
 
     Args:
         lanes: numbers in a vector of the native loops; 0 where there are none.
@@ -175,7 +175,7 @@ def pays(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int,
         return False
     share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
     dense = 0.6 * math.prod(four) * pixels / lanes / share + 0.6 * numbers
-    return 1.2 * kept * pixels / lanes + 2.5 * numbers + 25 * kept + 2 * CALL < dense
+    return 1.2 * kept * pixels / lanes + 1.8 * numbers + 25 * kept + 2 * CALL < dense
 
 
 CALL = 60_000  # cycles that an operator call costs; one of torch's own costs half
