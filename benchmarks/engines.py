@@ -23,7 +23,7 @@ import onnxruntime
 import openvino
 import torch
 import torchvision
-from environment import build, python_of
+from environment import build, python_of, write_section
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -233,8 +233,7 @@ def _report(rows: list[tuple[str, dict[str, tuple[float, float]]]], seconds: flo
     text = f"{HEADING}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
     print(text)
     if write:
-        before = RESULTS.read_text().partition(HEADING)[0].rstrip()
-        RESULTS.write_text(f"{before}\n\n{text}")
+        write_section(RESULTS, HEADING, text)
 
 
 if __name__ == "__main__":

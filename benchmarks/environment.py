@@ -38,3 +38,10 @@ def _runs(command: list[str | Path]) -> bool:
         return subprocess.run(command, stdout=quiet, stderr=quiet).returncode == 0
     except OSError:
         return False
+
+
+def write_section(path: Path, heading: str, text: str) -> None:
+    """Replace a section of a Markdown file, which begins with its heading and ends before the next, or add it at the end."""
+    before, _, after = path.read_text().partition(heading)
+    _, found, rest = after.partition("\n## ")
+    path.write_text(f"{before.rstrip()}\n\n{text.rstrip()}\n{found}{rest}")

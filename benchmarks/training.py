@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from environment import write_section
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -171,9 +172,7 @@ def main() -> None:
     text += "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:
-        before, _, after = RESULTS.read_text().partition(HEADING)
-        after = after.partition("\n## ")[1:]
-        RESULTS.write_text(f"{before.rstrip()}\n\n{text}{''.join(after)}")
+        write_section(RESULTS, HEADING, text)
 
 
 if __name__ == "__main__":
