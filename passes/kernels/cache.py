@@ -14,7 +14,7 @@ from passes.kernels.compiler import native, threads
 from passes.kernels.costs import Machine, this_machine
 from passes.kernels.parts import forward_sum, input_sum
 from passes.kernels.sums import Prepared
-from passes.kernels.windows import Kept, Lying, Window
+from passes.kernels.windows import Kept, Lying, Window, with_pixels
 
 _SHAPES = 4  # of inputs, whose sums are kept for a mask
 _TABLES = 8  # of weights, of each kind of sum
@@ -63,7 +63,7 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
         window: what it looks at.
         x, y: input and output.
     """
-    last = format_of(with_pixels(weight)) == torch.channels_last
+    last = format_of(as_images(weight)) == torch.channels_last
     key = (of, last, window, Lying.of(x), Lying.of(y), threads())
     version = 0 if mask.is_inference() else mask._version
     with _LOCK:
@@ -71,14 +71,15 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
         if sums is None or sums.version != version:
             sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
         if key not in sums.found:
-            kept = sums.kept.setdefault((window.groups, last), None) or Kept.of(mask.numpy(), window.groups, last)
-            sums.kept[window.groups, last] = kept
+            if (window.groups, last) not in sums.kept:
+                sums.kept[window.groups, last] = Kept.of(mask.numpy(), window.groups, last)
+            kept, kernel = sums.kept[window.groups, last], with_pixels(mask.shape)[2:]
             tables = sums.tables.setdefault((of, window, last), {})
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
             if len(tables) > _TABLES:
                 tables.clear()
-            sums.found[key] = _MAKERS[of](kept, with_pixels(mask).shape[2:], window, key[3], key[4], _machine(library), tables)
+            sums.found[key] = _MAKERS[of](kept, kernel, window, key[3], key[4], _machine(library), tables)
         return sums.found[key]
 
 
@@ -88,6 +89,6 @@ def format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def with_pixels(weight: Tensor) -> Tensor:
-    """Return a weight with rows and columns: those of a linear layer are 1, and the rows of a convolution along one line."""
-    return weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
+def as_images(weight: Tensor) -> Tensor:
+    """Return a weight, or its mask, with rows and columns."""
+    return weight.reshape(with_pixels(weight.shape))

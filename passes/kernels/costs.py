@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.kernels.compiler import threads
-from passes.kernels.windows import Window
+from passes.kernels.windows import Window, with_pixels
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,12 @@ def pays(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int,
         kept: how many of its elements are kept.
         window: what it looks at.
     """
-    four = (*weight[:2], *(1,) * (4 - len(weight)), *weight[2:])
-    images, outputs, rows, columns = window.out(shape, four)
-    pixels, numbers = images * rows * columns, math.prod(shape) + images * outputs * rows * columns
     if not lanes:
         return False
+    images, outputs, rows, columns = window.out(shape, with_pixels(weight))
+    pixels, numbers = images * rows * columns, math.prod(shape) + images * outputs * rows * columns
     share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
-    dense = 0.6 * math.prod(four) * pixels / lanes / share + 0.6 * numbers
+    dense = 0.6 * math.prod(weight) * pixels / lanes / share + 0.6 * numbers
     return 1.2 * kept * pixels / lanes + 1.8 * numbers + 25 * kept + 2 * CALL < dense
 
 

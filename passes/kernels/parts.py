@@ -8,7 +8,8 @@ import numpy as np
 
 from passes.kernels.costs import Machine
 from passes.kernels.order import by_size
-from passes.kernels.sums import Part, Prepared
+from passes.kernels.planes import Part
+from passes.kernels.sums import Prepared
 from passes.kernels.windows import Kept, Lying, Window
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from passes.kernels.cache import format_of, prepared, with_pixels
+from passes.kernels.cache import as_images, format_of, prepared
 from passes.kernels.compiler import native
 from passes.kernels.windows import Window
 
@@ -27,7 +27,7 @@ _LIBRARY.define(
 
 def _dense(weight: Tensor) -> Tensor:
     """Return a weight without gaps, outputs first."""
-    four = with_pixels(weight)
+    four = as_images(weight)
     return weight if four.is_contiguous() or four.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
@@ -36,26 +36,17 @@ def _window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[in
 
 
 def _empty(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    shape = window.out(x.shape, with_pixels(weight).shape)
+    shape = window.out(x.shape, as_images(weight).shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
 @torch.library.impl(_LIBRARY, "convolve", "CPU")
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dense_gradient: bool,
-) -> Tensor:
-    window = _window(stride, padding, dilation, groups)
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *rest: Any) -> Tensor:
+    numbers = rest[:4]
+    window = _window(*numbers)
     x = x.contiguous(memory_format=format_of(x))
     if (library := native()) is None:
-        return F.conv2d(x, with_pixels(torch.where(mask, weight, 0)), bias, stride, padding, dilation, groups)
+        return F.conv2d(x, as_images(torch.where(mask, weight, 0)), bias, *numbers)
     y = _empty(x, weight, window)
     bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
     prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
@@ -63,46 +54,43 @@ def _convolve(
 
 
 @torch.library.register_fake("sparsify::convolve", lib=_LIBRARY)
-def _fake(
-    x: Tensor, weight: Tensor, bias: Any, mask: Any, stride: Any, padding: Any, dilation: Any, groups: int, _: Any
-) -> Tensor:
-    return _empty(x, weight, _window(stride, padding, dilation, groups))
+def _fake(x: Tensor, weight: Tensor, bias: Any, mask: Any, *rest: Any) -> Tensor:
+    return _empty(x, weight, _window(*rest[:4]))
+
+
+def _masked_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, numbers: Sequence[Any], dense_gradient: bool, wanted: Sequence[bool]
+) -> tuple[Any, Any]:
+    """Return the gradients by torch, of the masked weight."""
+    *sides, groups = numbers
+    kept = as_images(torch.where(mask, weight, 0))
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, kept, None, *sides, False, [0, 0], groups, [*wanted, False]
+    )
+    if wanted[1]:
+        of_weight = of_weight.reshape(weight.shape)
+        of_weight = of_weight if dense_gradient else torch.where(mask, of_weight, 0)
+    return of_x, of_weight
 
 
 @torch.library.impl(_LIBRARY, "convolve_backward", "CPU")
-def _convolve_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dense_gradient: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    window = _window(stride, padding, dilation, groups)
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *numbers, dense_gradient, wanted = rest
+    window = _window(*numbers)
     x = x.contiguous(memory_format=format_of(x))
     grad, weight = grad.contiguous(memory_format=format_of(x)), _dense(weight)
     library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
-
-    def by_torch(which: Sequence[bool]) -> Sequence[Any]:
-        kept = with_pixels(torch.where(mask, weight, 0))
-        numbers = (stride, padding, dilation, False, [0, 0], groups)
-        return torch.ops.aten.convolution_backward(grad, x, kept, None, *numbers, [*which, False])
-
-    if wanted[0] and library:
+    sparse = (wanted[0] and library, wanted[1] and library and not dense_gradient)
+    left = [bool(needed and not done) for needed, done in zip(wanted, sparse, strict=True)]
+    if sparse[0] and library:
         of_x = torch.empty_like(x)
         prepared("input", library, weight, mask, window, x, grad).run(library, grad, of_x, weight, None)
-    elif wanted[0]:
-        of_x = by_torch((True, False))[0]
-    if wanted[1] and library and not dense_gradient:
+    if sparse[1] and library:
         of_weight = torch.empty_like(weight)
         prepared("weight", library, weight, mask, window, x, grad).gradient(library, x, grad, of_weight)
-    elif wanted[1]:
-        of_weight = by_torch((False, True))[1].reshape(weight.shape)
-        of_weight = of_weight if dense_gradient else torch.where(mask, of_weight, 0)
+    if any(left):
+        found = _masked_gradients(grad, x, weight, mask, numbers, dense_gradient, left)
+        of_x, of_weight = found[0] if left[0] else of_x, found[1] if left[1] else of_weight
     return of_x, of_weight
 
 
@@ -124,18 +112,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     of_bias = grad.sum((0, 2, 3)) if ctx.has_bias and needs[2] else None
     if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
-        masked = torch.where(mask, weight, 0)
-        wanted = (needs[0], needs[1], False)
-        stride, padding, dilation, groups = ctx.window
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, with_pixels(masked), None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
-        if needs[1]:
-            of_weight = of_weight.reshape(weight.shape)
-            of_weight = of_weight if ctx.dense_gradient else torch.where(mask, of_weight, 0)
+        of_x, of_weight = _masked_gradients(grad, x, weight, mask, ctx.window, ctx.dense_gradient, needs[:2])
     else:
-        wanted = (needs[0], needs[1])
-        of_x, of_weight = torch.ops.sparsify.convolve_backward(grad, x, weight, mask, *ctx.window, ctx.dense_gradient, wanted)
+        of_x, of_weight = torch.ops.sparsify.convolve_backward(
+            grad, x, weight, mask, *ctx.window, ctx.dense_gradient, needs[:2]
+        )
     return of_x if needs[0] else None, of_weight if needs[1] else None, of_bias, *[None] * 6
 
 

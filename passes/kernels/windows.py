@@ -7,6 +7,11 @@ import numpy as np
 from torch import Tensor
 
 
+def with_pixels(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a weight's shape with rows and columns: 1 for a linear layer, and one row for a convolution along a line."""
+    return (*shape[:2], *(1,) * (4 - len(shape)), *shape[2:])
+
+
 @dataclass(frozen=True)
 class Window:
     """What a convolution looks at: of rows, and of columns; and its groups."""
@@ -67,7 +72,7 @@ class Kept:
             groups: convolution groups.
             last: whether the dense weight lies with its inputs last.
         """
-        mask = mask.reshape(*mask.shape[:2], *(1,) * (4 - mask.ndim), *mask.shape[2:])
+        mask = mask.reshape(with_pixels(mask.shape))
         axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
         index = np.flatnonzero(mask.transpose(axes))
         found = np.unravel_index(index, [mask.shape[axis] for axis in axes])

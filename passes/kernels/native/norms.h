@@ -20,7 +20,7 @@ void planes_of(const Norm &n, int thread, int team, const Use &use) {
     for (int64_t c = 0; c < n.channels; ++c) use(c, (image * n.channels + c) * n.pixels);
 }
 
-// Call use(first number, its vectors' count) so that the last vector ends with the plane; `one` gets what does not fill a vector.
+// Go along a plane, vector by vector; `one` gets what does not fill a vector.
 template <typename Vectors, typename One>
 void along(int64_t begin, int64_t pixels, const Vectors &vectors, const One &one) {
   int64_t i = begin;
