@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from workload import sgd
 
-from sparsify import Static, sparsify
+from passes.kernels.pending import pending
+from sparsify import Method, RigL, Static, compress, sparsify
 from sparsify.costs.speed import processor
 
 HERE = Path(__file__).parent
@@ -89,10 +90,50 @@ def _dense(model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Step]:
 
 
 def sparse_step(model: nn.Module, x: Tensor, density: float, distribution: str, kernels: str) -> Step:
-    """Return a step of a sparse copy."""
-    budget = {"*": density} if isinstance(model, nn.Sequential) and distribution == "uniform" else density
-    sparse = sparsify(model, budget, distribution, method=Static(), kernels=kernels)
+    """Return a step of a sparse copy, by one of the kinds of kernels, or with parameters compressed."""
+    sparse = _sparse(model, density, distribution, Static(), "auto" if kernels == "compressed" else kernels)
+    sparse = compress(sparse) if kernels == "compressed" else sparse
     return _step(sparse, sparse, x)
+
+
+def _sparse(model: nn.Module, density: float, distribution: str, method: Method, kernels: str) -> nn.Module:
+    budget = {"*": density} if isinstance(model, nn.Sequential) and distribution == "uniform" else density
+    return sparsify(model, budget, distribution, method=method, kernels=kernels)
+
+
+def _held(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Return bytes of weights, gradients and Adam's state: after a step, and at most in the step that decides growth."""
+    optimizer = torch.optim.Adam(model.parameters())
+    updater = getattr(model, "updater", None)
+    if updater:
+        updater.attach(optimizer, total_steps=100)
+
+    def held() -> int:
+        state = [v for own in optimizer.state.values() for v in own.values()]
+        found = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
+        later = [t for mask in updater.masks.values() if (p := pending(mask)) for t in p.tensors()] if updater else []
+        return sum(
+            {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*found, *later) if t is not None}.values()
+        )
+
+    seen = []
+    for _ in range(2):  # the second decides
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        seen.append(held())
+        optimizer.step()
+        seen.append(held())
+    return seen[1], max(seen)
+
+
+def memory(name: str, density: float) -> list[str]:
+    """Return a row: what compressed parameters take in memory, relative to dense training."""
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    sparse = compress(_sparse(model, density, "uniform", RigL(interval=2), "sparse"))
+    masks = sum(mask.numel() for mask in sparse.updater.masks.values())  # bytes
+    (dense, _), (usual, most) = _held(model, x), _held(sparse, x)
+    return [f"{name}, uniform {density:g}", *(f"{n / dense:.2f}" for n in (usual, most, usual + masks))]
 
 
 def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: bool) -> list[list[str]]:
@@ -101,7 +142,9 @@ def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: 
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     dense = _dense(model, x, compiled)
-    sparse = {(*case, k): sparse_step(model, x, case[1], case[0], k) for case in cases for k in ("auto", "sparse")}
+    sparse = {
+        (*case, k): sparse_step(model, x, case[1], case[0], k) for case in cases for k in ("auto", "sparse", "compressed")
+    }
     masked = (*cases[0], "masked")
     steps: dict[Any, Step] = {**dense, **sparse, masked: sparse_step(model, x, cases[0][1], cases[0][0], "masked")}
     seconds: dict[Any, list[float]] = {step: [] for step in steps}
@@ -124,7 +167,7 @@ def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: 
         [
             f"{name}, {case[0]} {case[1]:g}",
             f"{1e3 * median(seconds[(*case, 'auto')]):.0f}",
-            *(ratio((*case, kernels)) for kernels in ("auto", "sparse", "masked")),
+            *(ratio((*case, kernels)) for kernels in ("auto", "sparse", "compressed", "masked")),
             best,
             str(len(fastest)),
         ]
@@ -157,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cases = [(distribution, density) for distribution in args.distributions for density in args.densities]
-    rows, profiles = [], []
+    rows, profiles, bytes_held = [], [], []
     # A process for each model: compiled steps and their memory stay as long as it does.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in args.models:
@@ -165,11 +208,27 @@ def main() -> None:
             print(*rows[-len(cases) :], file=sys.stderr, sep="\n", flush=True)
         for name in args.models[:2]:
             profiles.append(pool.submit(profiled, name).result())
-    heads = ["step", "auto, ms", "dense / auto", "dense / sparse", "dense / masked", "fastest dense", "rounds"]
+        for name in args.models:
+            bytes_held.append(pool.submit(memory, name, 0.1).result())
+    heads = [
+        "step",
+        "auto, ms",
+        "dense / auto",
+        "dense / sparse",
+        "dense / compressed",
+        "dense / masked",
+        "fastest dense",
+        "rounds",
+    ]
     facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = f"{HEADING}\n\nHow many times as long dense steps take; {facts}.\n\n"
     text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n"
-    text += "\n\n".join(profiles) + "\n"
+    text += (
+        "Bytes of weights, gradients and Adam's state with `compress`, relative to dense: after a step, at most in the step "
+    )
+    text += "whose dense gradient decides growth, and after a step with the masks, a byte per weight:\n\n"
+    text += tabulate(bytes_held, ["model", "after a step", "at most", "with masks"], "github", disable_numparse=True)
+    text += "\n\n" + "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:
         write_section(RESULTS, HEADING, text)

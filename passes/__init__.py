@@ -3,6 +3,7 @@
 from passes.capture.captured import Captured, graphs, install
 from passes.capture.regions import Capture, trace
 from passes.counting.run import record
+from passes.masking.compressed import compress, decompress
 from passes.masking.fold import fold_
 from passes.masking.mask import Mask, masks_of
 from passes.masking.rewrite import mask_weights
@@ -13,6 +14,8 @@ __all__ = [
     "Captured",
     "Mask",
     "Site",
+    "compress",
+    "decompress",
     "find_sites",
     "fold_",
     "graphs",

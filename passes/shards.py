@@ -30,9 +30,17 @@ def refuse_shards(model: nn.Module) -> None:
             )
 
 
+class Deferred:
+    """Something that is a tensor when it is asked for, for what would take much memory before."""
+
+    def full_tensor(self) -> Tensor:
+        """Return the tensor. Every rank has to call it."""
+        raise NotImplementedError
+
+
 def whole(value: Any) -> Any:
-    """Return a tensor with the parts of all ranks, and anything else as it is. Every rank has to call it."""
-    return value.full_tensor() if is_sharded(value) else value
+    """Return a tensor in one piece, with the parts of all ranks, and anything else as it is. Every rank has to call it."""
+    return value.full_tensor() if is_sharded(value) or isinstance(value, Deferred) else value
 
 
 def local(tensor: Any) -> Tensor:

@@ -10,6 +10,7 @@ if not hasattr(passes, "mask_weights"):
 
 from passes.capture.captured import graphs
 from passes.channels.small_dense import small_dense
+from passes.masking.compressed import compress, decompress
 from passes.masking.kernels import use_kernels
 from sparsify.api import sparsify
 from sparsify.costs.flops import flop_report
@@ -43,7 +44,9 @@ __all__ = [
     "Static",
     "Topology",
     "Updates",
+    "compress",
     "cost_ledger",
+    "decompress",
     "draw_graph",
     "flop_report",
     "fold",

@@ -31,6 +31,7 @@ from passes.shards import whole
 from sparsify import (
     GMP,
     RigL,
+    compress,
     flop_report,
     fold,
     ignore_in_ddp,
@@ -119,7 +120,8 @@ def ddp_methods(rank: int, methods: list[Method], steps: int, kernels: str = "ma
     """Train every method under DDP on different data, with accumulation under no_sync."""
     results = {}
     for method in methods:
-        model = make(method, kernels=kernels)
+        model = make(method, kernels=kernels.removeprefix("compressed "))
+        model = compress(model) if kernels.startswith("compressed") else model
         optimizer = sgd(model)
         model.updater.attach(optimizer, total_steps=steps)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

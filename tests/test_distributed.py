@@ -6,7 +6,7 @@ import pytest
 import ranks
 import torch
 from test_methods import TABLE
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,6 +21,10 @@ def assert_same(a: dict, b: dict) -> None:
         assert torch.equal(value, b[key]), key
 
 
+def assert_equal(a: Tensor, b: Tensor) -> None:
+    assert torch.equal(a, b)
+
+
 def test_ddp_ranks_hold_the_same_masks() -> None:
     first, second = ranks.run(ranks.ddp_methods, 2, METHODS, 24)
     for method in TABLE:
@@ -32,6 +36,18 @@ def test_ddp_ranks_hold_the_same_masks_after_hundreds_of_updates() -> None:
     first, second = ranks.run(ranks.ddp_methods, 2, methods, 320, "sparse")  # with kept weights only
     for method in methods:
         assert_same(first[method.name], second[method.name])
+
+
+def test_ddp_trains_compressed_parameters_as_whole_ones() -> None:
+    methods = [RigL(2), SET(2)]
+    (ours, other), (theirs, _) = (
+        ranks.run(ranks.ddp_methods, 2, methods, 20, kernels) for kernels in ("compressed sparse", "sparse")
+    )
+    for name in ("rigl", "set"):
+        assert_same(ours[name], other[name])
+        for key, value in theirs[name].items():
+            compare = torch.testing.assert_close if value.is_floating_point() else assert_equal
+            compare(ours[name][key], value)
 
 
 @pytest.mark.parametrize("nested", [False, True])

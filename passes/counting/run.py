@@ -18,6 +18,7 @@ from passes.capture.copies import FORWARD_HOOKS, copied, hooks_of
 from passes.capture.effects import Snapshot, preserve_rng
 from passes.capture.host import Guest
 from passes.counting.recorder import Operation, Recorder
+from passes.kernels.values import expand
 from passes.masking.mask import BESIDE, Mask, masks_of
 
 
@@ -116,6 +117,10 @@ def _shadow(model: nn.Module, recorder: Recorder, meta: bool, hooked: bool) -> n
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(_empty(p), p.is_floating_point()) if meta else p
+    for name, mask in masks_of(model).items():
+        if mask.compressed:
+            whole = expand(model.get_parameter(name).detach(), mask.mask)
+            memo[id(model.get_parameter(name))] = nn.Parameter(_empty(whole) if meta else whole)
     for b in model.buffers():
         memo[id(b)] = _empty(b) if meta else b.clone()
     for module in model.modules():

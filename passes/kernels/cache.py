@@ -14,6 +14,7 @@ from passes.kernels.compiler import native, threads
 from passes.kernels.costs import Machine, this_machine
 from passes.kernels.parts import forward_sum, input_sum
 from passes.kernels.sums import Prepared
+from passes.kernels.values import is_compressed
 from passes.kernels.windows import Kept, Lying, Window, with_pixels
 
 _SHAPES = 4  # of inputs, whose sums are kept for a mask
@@ -59,12 +60,12 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
     Args:
         of: "output", or the gradient of the "input" or of the "weight".
         library: the native one.
-        weight, mask: the dense weight, and what is kept of it.
+        weight, mask: the dense weight or its kept values alone, and what is kept of it.
         window: what it looks at.
         x, y: input and output.
     """
-    last = format_of(as_images(weight)) == torch.channels_last
-    key = (of, last, window, Lying.of(x), Lying.of(y), threads())
+    last, alone = format_of(as_images(weight)) == torch.channels_last, is_compressed(weight, mask)
+    key = (of, last, alone, window, Lying.of(x), Lying.of(y), threads())
     version = 0 if mask.is_inference() else mask._version
     with _LOCK:
         sums = _PREPARED.get(mask)
@@ -74,12 +75,13 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
             if (window.groups, last) not in sums.kept:
                 sums.kept[window.groups, last] = Kept.of(mask.numpy(), window.groups, last)
             kept, kernel = sums.kept[window.groups, last], with_pixels(mask.shape)[2:]
-            tables = sums.tables.setdefault((of, window, last), {})
+            kept = kept.alone() if alone else kept
+            tables = sums.tables.setdefault((of, window, last, alone), {})
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
             if len(tables) > _TABLES:
                 tables.clear()
-            sums.found[key] = _MAKERS[of](kept, kernel, window, key[3], key[4], _machine(library), tables)
+            sums.found[key] = _MAKERS[of](kept, kernel, window, key[4], key[5], _machine(library), tables)
         return sums.found[key]
 
 

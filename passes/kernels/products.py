@@ -5,6 +5,7 @@ masked path: 0 for dropped weights, except in the step whose dense gradient deci
 weight, and that alone. A linear layer is a convolution of an image one pixel high, whose channels lie innermost.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from passes.kernels.cache import as_images, format_of, prepared
 from passes.kernels.compiler import native
-from passes.kernels.windows import Window
+from passes.kernels.pending import begin, pending_or_new
+from passes.kernels.values import expand, gather, is_compressed
+from passes.kernels.windows import Window, with_pixels
 
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -35,8 +38,8 @@ def _window(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[in
     return Window((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
 
-def _empty(x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    shape = window.out(x.shape, as_images(weight).shape)
+def _empty(x: Tensor, mask: Tensor, window: Window) -> Tensor:
+    shape = window.out(x.shape, with_pixels(mask.shape))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
@@ -45,9 +48,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *res
     numbers = rest[:4]
     window = _window(*numbers)
     x = x.contiguous(memory_format=format_of(x))
+    if rest[4] and is_compressed(weight, mask):
+        begin(mask, weight.grad if weight.is_leaf else None)
     if (library := native()) is None:
-        return F.conv2d(x, as_images(torch.where(mask, weight, 0)), bias, *numbers)
-    y = _empty(x, weight, window)
+        return F.conv2d(x, as_images(_masked(weight, mask)), bias, *numbers)
+    y = _empty(x, mask, window)
     bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
     prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
     return y
@@ -55,7 +60,19 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *res
 
 @torch.library.register_fake("sparsify::convolve", lib=_LIBRARY)
 def _fake(x: Tensor, weight: Tensor, bias: Any, mask: Any, *rest: Any) -> Tensor:
-    return _empty(x, weight, _window(*rest[:4]))
+    return _empty(x, mask, _window(*rest[:4]))
+
+
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    return expand(weight, mask) if is_compressed(weight, mask) else torch.where(mask, weight, 0)
+
+
+def _gradient_of_whole(grad: Tensor, x: Tensor, shape: Sequence[int], numbers: Sequence[Any]) -> Tensor:
+    """Return the gradient of a dense weight, by torch."""
+    *sides, groups = numbers
+    weight, only_its = x.new_empty(with_pixels(shape)), [False, True, False]
+    found = torch.ops.aten.convolution_backward(grad, x, weight, None, *sides, False, [0, 0], groups, only_its)
+    return found[1].reshape(shape)
 
 
 def _masked_gradients(
@@ -63,13 +80,16 @@ def _masked_gradients(
 ) -> tuple[Any, Any]:
     """Return the gradients by torch, of the masked weight."""
     *sides, groups = numbers
-    kept = as_images(torch.where(mask, weight, 0))
+    kept = as_images(_masked(weight, mask))
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, kept, None, *sides, False, [0, 0], groups, [*wanted, False]
     )
     if wanted[1]:
-        of_weight = of_weight.reshape(weight.shape)
-        of_weight = of_weight if dense_gradient else torch.where(mask, of_weight, 0)
+        of_weight = of_weight.reshape(mask.shape)
+        if is_compressed(weight, mask):
+            of_weight = gather(of_weight, mask)
+        elif not dense_gradient:
+            of_weight = torch.where(mask, of_weight, 0)
     return of_x, of_weight
 
 
@@ -80,6 +100,13 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, *r
     x = x.contiguous(memory_format=format_of(x))
     grad, weight = grad.contiguous(memory_format=format_of(x)), _dense(weight)
     library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
+    if is_compressed(weight, mask) and dense_gradient and wanted[1]:
+        product = functools.partial(_gradient_of_whole, grad, x, mask.shape, numbers)
+        if wanted[0]:
+            pending_or_new(mask).add_product(product, x, grad)
+        else:  # what somebody fills anew for every batch
+            pending_or_new(mask).add(product())
+        dense_gradient = False
     sparse = (wanted[0] and library, wanted[1] and library and not dense_gradient)
     left = [bool(needed and not done) for needed, done in zip(wanted, sparse, strict=True)]
     if sparse[0] and library:
@@ -128,9 +155,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, windo
 
     Args:
         x: (images, inputs, rows, columns) float32 on the CPU, contiguous or channels last.
-        weight: (outputs, inputs / groups, kernel rows, kernel columns); what the mask drops counts as 0.
+        weight: (outputs, inputs / groups, kernel rows, kernel columns), where what the mask drops counts as 0; or the values
+            that it keeps, (kept, 1).
         bias: (outputs,), or None.
-        mask: bool, of the weight's shape.
+        mask: bool, of the whole weight's shape.
         window: what it looks at.
         dense_gradient: whether the gradient of the weight is that of all its elements.
 
@@ -146,9 +174,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dense_g
 
     Args:
         x: (..., inputs) float32 on the CPU.
-        weight: (outputs, inputs); what the mask drops counts as 0.
+        weight: (outputs, inputs), where what the mask drops counts as 0; or the values that it keeps, (kept, 1).
         bias: (outputs,), or None.
-        mask: bool, of the weight's shape.
+        mask: bool, (outputs, inputs).
         dense_gradient: whether the gradient of the weight is that of all its elements.
 
     Returns:
@@ -156,4 +184,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, dense_g
     """
     pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     y = convolve(pixels, weight, bias, mask, Window(), dense_gradient)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], mask.shape[0])

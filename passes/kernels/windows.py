@@ -1,7 +1,7 @@
 """Windows: what a layer looks at, how its tensors lie, and which of its weights are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -52,7 +52,7 @@ class Kept:
     Attributes:
         outputs, inputs: channels that they connect.
         rows, columns: of the kernel.
-        index: in the dense weight, ascending, as outputs do.
+        index: in the weight as it is stored, ascending, as outputs do.
         elements: of that.
     """
 
@@ -78,3 +78,7 @@ class Kept:
         found = np.unravel_index(index, [mask.shape[axis] for axis in axes])
         outputs, inputs, rows, columns = (found[axes.index(axis)] for axis in range(4))
         return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)
+
+    def alone(self) -> "Kept":
+        """Return the same weights where their values are stored alone, without any zeros between."""
+        return replace(self, index=np.arange(len(self.index)), elements=len(self.index))

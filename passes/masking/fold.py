@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from passes.capture.captured import Captured, user_class
 from passes.capture.effects import modes_kept
 from passes.capture.regions import GRAPH_STATE
+from passes.masking.compressed import decompress
 from passes.masking.layers import Masked, leaf_class
 from passes.masking.mask import OUTER, Mask, masks_of, zero_dropped_weights_
 from passes.weights.computed import Computed
@@ -26,7 +27,7 @@ def fold_(model: nn.Module) -> nn.Module:
     Returns:
         The same object, with the classes, parameters and state_dict keys of the original model, except for these.
     """
-    zero_dropped_weights_(model)
+    zero_dropped_weights_(decompress(model))
     with modes_kept(model, evaluating=True):  # so that computing a weight changes nothing
         _bake(model)
     return model

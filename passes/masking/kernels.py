@@ -35,6 +35,8 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
             torch.nn's convolutions along one or two dimensions and linear layers, in float32 on the CPU, without autocast and
             torch.func. "auto": these where a model of their cost says that they are faster, for the shapes at hand.
 
+    Compressed parameters (`compress`) go on training with kept values only.
+
     Returns:
         The model.
 
@@ -52,7 +54,7 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
     if not masks:
         raise ValueError("use_kernels takes a masked model, as sparsify() returns it.")
     for mask in masks.values():
-        mask.kernels = kernels
+        mask.kernels = "sparse" if mask.compressed else kernels
     for module in model.modules():
         if isinstance(module, Captured):
             module.fuse_in_training(None if kernels == "masked" else with_whole_norms)
@@ -62,7 +64,7 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
 def sparse_mask(module: nn.Module, input: Tensor) -> Mask | None:
     """Return the mask of a layer that is to run with kept weights only, on this input; None if it runs the masked weight."""
     mask = module._modules.get("weight_mask")
-    if not isinstance(mask, Mask) or mask.kernels == "masked" or not module.training:
+    if not isinstance(mask, Mask) or mask.kernels == "masked" or not (module.training or mask.compressed):
         return None
     weight = module._parameters.get("weight")
     if weight is None:  # a hook of torch.nn.utils has put a tensor in its place
@@ -72,8 +74,10 @@ def sparse_mask(module: nn.Module, input: Tensor) -> Mask | None:
         if mask.kernels == "sparse" and not torch.compiler.is_compiling():
             _say(f"kernels='sparse': {type(module).__name__} layers run the masked weight where {problem}.")
         return None
-    if mask.kernels == "auto" and not _pays(module, input, weight, mask):
+    if mask.kernels == "auto" and not _pays(module, input, mask):
         return None
+    if mask.compressed:
+        mask.check_places()
     return mask
 
 
@@ -82,20 +86,33 @@ def _say(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
-def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
-    """Return why the sums cannot run, or nothing."""
-    if not is_builtin(module):
+def why_masked(module: Any) -> str:
+    """Return why a layer runs the masked weight whatever its input is, or nothing."""
+    if not is_builtin(module) or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "their code is not torch.nn's"
-    if input.device.type != "cpu" or weight.device.type != "cpu":
+    weight: Any = module._parameters["weight"]
+    if weight.device.type != "cpu":
         return "the device is not the CPU"
-    if input.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if weight.dtype != torch.float32:
         return "numbers are not float32"
     if isinstance(module, nn.Linear):
-        if not input.numel():
-            return "there is no input"
-    elif module.padding_mode != "zeros" or isinstance(module.padding, str) or weight.dim() > 4 or not input.numel():
-        return "a convolution pads other than by given numbers of zeros, has three dimensions or no input"
-    elif input.dim() != weight.dim():
+        return ""
+    if module.padding_mode != "zeros" or isinstance(module.padding, str) or isinstance(module, nn.Conv3d):
+        return "a convolution pads other than by given numbers of zeros, or has three dimensions"
+    return ""
+
+
+def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
+    """Return why the sums cannot run, or nothing."""
+    if why := why_masked(module):
+        return why
+    if input.device.type != "cpu":
+        return "the device is not the CPU"
+    if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "numbers are not float32"
+    if not input.numel():
+        return "there is no input"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and input.dim() != len(module.kernel_size) + 2:
         return "there is no batch"
     if torch.compiler.is_compiling():
         return ""
@@ -104,12 +121,12 @@ def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
     return "" if native() is not None else "there are no native loops"
 
 
-def _pays(module: Any, input: Tensor, weight: Tensor, mask: Mask) -> bool:
+def _pays(module: Any, input: Tensor, mask: Mask) -> bool:
     if isinstance(module, nn.Linear):
         shape, window = (1, input.shape[-1], 1, input.numel() // input.shape[-1]), Window()
     else:
         shape, window = tuple(_image(input).shape), _window(module)
-    return pays(lanes(), shape, tuple(weight.shape), mask.last_nonzeros, window)
+    return pays(lanes(), shape, tuple(mask.mask.shape), mask.last_nonzeros, window)
 
 
 def _image(input: Tensor) -> Tensor:

@@ -8,20 +8,46 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.capture.host import Host, container_methods, masked, run_reading
 from passes.capture.leaves import is_builtin
+from passes.kernels.values import expand, gather
 from passes.masking.kernels import sparse_convolution, sparse_linear, sparse_mask
-from passes.masking.mask import PRODUCT
+from passes.masking.mask import PRODUCT, Mask
 
 
 class Masked(Host):
     """Mixin: a module whose own code, torch.nn's or the user's, runs on masked weights."""
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, mask in _compressed(self):
+            values = destination[prefix + name]
+            destination[prefix + name] = expand(values if keep_vars else values.detach(), mask.mask)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, mask in _compressed(self):
+            key, values = prefix + name, self._parameters[name]
+            weight = state_dict.get(key, None if values is None else expand(values.detach(), mask.mask))
+            kept = state_dict.get(f"{key}_mask.mask", mask.mask)
+            if values is not None and weight is not None and weight.shape == kept.shape == mask.mask.shape:
+                loaded = gather(weight.detach(), kept.to(weight.device))
+                values.data = torch.empty_like(loaded, dtype=values.dtype).copy_(loaded)
+                state_dict |= {key: values.detach()} if key in state_dict else {}
+                mask.settle_places()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_masked, (leaf_class(self), type(self).__name__), self.__getstate__()
+
+
+def _compressed(module: nn.Module) -> list[tuple[str, Mask]]:
+    """Return the masks of a module's compressed parameters, by their names."""
+    found = ((name, module._modules.get(f"{name}_mask")) for name in module._parameters)
+    return [(name, mask) for name, mask in found if isinstance(mask, Mask) and mask.compressed]
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:

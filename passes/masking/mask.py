@@ -2,13 +2,15 @@
 
 import warnings
 import weakref
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passes.capture.host import Guest
-from passes.masking.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, zero_dropped_
+from passes.kernels.values import expand, expand_in_step
+from passes.masking.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, is_plain, zero_dropped_
 from passes.shards import is_sharded, local
 
 _STRAY = (
@@ -44,6 +46,7 @@ class Mask(Guest):
 
     mask: Tensor
     kernels = "masked"  # what runs the layer in training: passes.masking.kernels
+    compressed = False  # whether the parameter holds kept values alone: passes.masking.compressed
 
     def __init__(self, mask: Tensor, nonzeros: int) -> None:
         super().__init__()
@@ -58,6 +61,7 @@ class Mask(Guest):
         )  # trace of weight and mask at the last check; whether dropped weights were 0
         self._said = False
         self._own: Any = None  # a weak reference to the parameter that is masked
+        self._places: tuple[Any, int | None] = (None, None)  # of a compressed parameter's values: trace and digest of the mask
 
     def belongs_to(self, weight: nn.Parameter) -> None:
         """Say which parameter is masked: `functional_call` brings others, which must not be changed or warned of."""
@@ -96,6 +100,10 @@ class Mask(Guest):
             role: PRODUCT, INNER, OUTER or BESIDE, where one of them holds.
             source: the parameter, masked, with the last two.
         """
+        if self.compressed:
+            self.check_places()
+            dense = torch.is_grad_enabled() and self.dense_gradient and (torch.compiler.is_compiling() or is_plain(weight))
+            return expand_in_step(weight, self.mask) if dense else expand(weight, self.mask)
         if role == BESIDE and source is not None:
             return self._beside(weight, source)
         if role == OUTER and source is not None:
@@ -125,7 +133,7 @@ class Mask(Guest):
 
         A view of the parameter wherever that is masked already, so that what the code writes to it is not lost.
         """
-        if self.training or self.dense_gradient or not self._is_kept(weight):
+        if self.compressed or self.training or self.dense_gradient or not self._is_kept(weight):
             return self(weight)
         return MaskTangent.apply(weight, self.mask, False)
 
@@ -140,6 +148,9 @@ class Mask(Guest):
 
         Where the mask was written too, as by averages that take it over from their model, they become 0. Waits for the device.
         """
+        if self.compressed:
+            self.check_places()
+            return True
         if weight.is_meta or weight.is_inference() or is_sharded(weight):
             return False
         before, written = self._looked[:2]
@@ -156,6 +167,23 @@ class Mask(Guest):
             self._looked = trace_of(weight), self._written(), kept
         return self._looked[2]
 
+    def settle_places(self) -> None:
+        """Take the values of a compressed parameter to be those that the mask keeps when it is looked at next."""
+        self._places = None, None
+
+    def check_places(self) -> None:
+        """Raise if a mask was written to while its parameter holds the values that it kept before."""
+        written, before = self._places
+        if torch.compiler.is_compiling() or self.mask.is_meta or written == self._written():
+            return
+        digest = zlib.crc32(self.mask.contiguous().view(torch.uint8).numpy().data)
+        if before not in (None, digest):  # the same in another place, as `module.to` makes it, is none
+            raise RuntimeError(
+                "The mask of a compressed parameter was written to: which weights its values belong to is lost. Write to masks "
+                "between decompress(model) and compress(model); average compressed models only while their masks are the same."
+            )
+        self._places = self._written(), digest
+
     def extra_repr(self) -> str:
         """Name the density and the count."""
         return f"density={self.density:.4g}, {self.nonzeros} of {self.mask.numel()}"
@@ -168,6 +196,7 @@ class Mask(Guest):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._looked = None, self._written(), False
+        self._places = None, state["_places"][1]
 
 
 def trace_of(weight: Tensor) -> tuple[int, int]:
@@ -190,5 +219,5 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
 def zero_dropped_weights_(model: nn.Module) -> None:
     """Set every dropped weight of a masked model to 0, in place."""
     for name, mask in masks_of(model).items():
-        if not mask.mask.is_meta:
+        if not mask.mask.is_meta and not mask.compressed:
             zero_dropped_(model.get_parameter(name), mask.mask)

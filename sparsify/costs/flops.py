@@ -1,5 +1,6 @@
 """FLOPs: the report of any model, from one count of a forward pass and the densities of the masks."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,7 +89,9 @@ def _weight_layers(model: nn.Module, costs: Tally) -> list[Layer]:
             continue
         dense = costs.weights.get(name, 0)
         mask = masks.get(name)
-        kept = mask.nonzeros if mask else weight.numel()
+        shape = tuple(mask.mask.shape if mask else weight.shape)  # of a compressed one, that of the whole
+        size = math.prod(shape)
+        kept = mask.nonzeros if mask else size
         reason = None if mask else reasons.get(name) or _why_unknown(model, name, name in costs.weights)
         if reason and reason.in_python and name not in costs.weights:
             reason = Reason(Why.RULE, "read by Python code, and no product of it was seen")
@@ -97,11 +100,11 @@ def _weight_layers(model: nn.Module, costs: Tally) -> list[Layer]:
             Layer(
                 name,
                 costs.ops.get(name, hidden.get(weight, "")),
-                tuple(weight.shape),
-                weight.numel(),
+                shape,
+                size,
                 kept,
                 dense,
-                _macs_at(dense, kept, weight.numel(), dense),
+                _macs_at(dense, kept, size, dense),
                 "masked" if mask else "unsupported" if unsupported else "dense",
                 (reason.sentence if unsupported else str(reason)) if reason else "",
                 _dead_outputs(mask, goals[name].out_dim if name in goals else _OUT_DIMS.get(hidden.get(weight, ""))),

@@ -59,6 +59,10 @@ class UpdaterBase(Guest):
         """Whether other processes train this model too."""
         raise NotImplementedError
 
+    def mean_of_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the mean over the processes that train this model; each of them has to call it."""
+        raise NotImplementedError
+
     def renew(self) -> None:
         """After a load, derive from the step what the next gradients have to be, and look at everything again."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from passes.masking.compressed import spread
 from passes.masking.mask import Mask
 from passes.masking.zeros import zero_dropped_
 from passes.shards import is_sharded, local, own_part, whole
@@ -27,6 +28,11 @@ class Bound:
     name: str
     weight: nn.Parameter
     mask: Mask
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is all here, in the memory of the CPU."""
+        return self.mask.mask.is_cpu and not is_sharded(self.weight) and not self.mask.compressed
 
     def has_stray(self, gradient: Tensor) -> Tensor:
         """Whether a gradient is not 0 somewhere where the weight is dropped, on the device; NaN and inf say nothing."""
@@ -116,7 +122,7 @@ def _decide_all(method: Method, changes: Sequence[Change]) -> list[Tensor]:
     selects side by side meanwhile; torch has threads of its own, and waits for devices and for other ranks.
     """
     order = sorted(range(len(changes)), key=lambda i: -changes[i].state.mask.numel())
-    aside = method.layout is ELEMENTS and all(c.bound.mask.mask.is_cpu and not is_sharded(c.bound.weight) for c in changes)
+    aside = method.layout is ELEMENTS and all(c.bound.is_plain for c in changes)
     run = _workers(os.getpid()).submit if aside else _at_once
     found = {i: run(method.layout.exchange, *_scores(method, changes[i])) for i in order}
     return [found[i].result() for i in range(len(changes))]
@@ -153,16 +159,22 @@ def _apply(
     changed = mask.mask.logical_xor(new)
     changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
     grown = updates.growth_init(state.gathered()).to(weight.dtype) if updates.growth_init and change.grow else None
+    kept, before = list(opt.state_tensors(optimizer, weight)), mask.mask.clone() if mask.compressed else mask.mask
     mask.mask.logical_xor_(changed)
-    zero_dropped_(weight, mask.mask)
-    if grown is not None:
-        _fill(weight, grown, changed & mask.mask)
     mask.nonzeros = state.nonzeros + change.grow - change.drop if method.layout.exact else int(mask.mask.sum())
+    with spread(weight, before, mask) as whole_weight:
+        zero_dropped_(whole_weight, mask.mask)
+        if grown is not None:
+            _fill(whole_weight, grown, changed & mask.mask)
     unchanged = changed.logical_not_()
-    for key, kept in opt.state_tensors(optimizer, weight):
-        zero_dropped_(kept, unchanged)
-        if key in begins:
-            local(kept).masked_fill_(own_part(~unchanged & mask.mask, kept), begins[key])
+    for key, tensor in kept:
+        with spread(tensor, before, mask) as whole_tensor:
+            zero_dropped_(whole_tensor, unchanged)
+            if key in begins:
+                local(whole_tensor).masked_fill_(own_part(~unchanged & mask.mask, whole_tensor), begins[key])
+    if mask.compressed:
+        mask.settle_places()
+        opt.forget_gradient(optimizer, weight)  # of the values that were there
 
 
 def _fill(weight: Tensor, values: Tensor, where: Tensor) -> None:

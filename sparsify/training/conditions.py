@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from passes.masking.mask import masks_of
+from passes.shards import is_sharded
 from sparsify.checks import check_whole
 from sparsify.methods.method import Goal, Method
 from sparsify.training import optimizers as opt
@@ -61,7 +62,7 @@ def _check_weights(model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
     own = {p for optimizer in optimizers for p in opt.parameters(optimizer)}
     weights = {name: (model.get_parameter(name), mask) for name, mask in masks_of(model).items()}
     flat = any(hasattr(parameter, "_is_flat_param") for parameter in model.parameters())
-    if flat or any(weight.shape != mask.mask.shape for weight, mask in weights.values()):
+    if flat or any(weight.shape != mask.mask.shape for weight, mask in weights.values() if not mask.compressed):
         raise ValueError(
             "The model is sharded by FullyShardedDataParallel, which flattens its weights. Shard it by fully_shard() instead, "
             "then make the optimizer and attach."
@@ -72,6 +73,37 @@ def _check_weights(model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
             f"{', ...' if len(missing) > 5 else ''}. Make them from the sparsified model's parameters (after sparsify(), which "
             f"returns a copy, and after fully_shard(), which replaces them), pass all of them to one attach(), or freeze the "
             f"weight (requires_grad_(False))."
+        )
+
+
+def check_compressed(method: Method, model: nn.Module, optimizers: tuple[Optimizer, ...], *, alone: bool) -> None:
+    """Raise unless compressed parameters, if there are any, can be trained.
+
+    Args:
+        method: of the updates.
+        model: the masked model.
+        optimizers: that train it.
+        alone: whether no other process trains it too.
+    """
+    compressed = {name: model.get_parameter(name) for name, mask in masks_of(model).items() if mask.compressed}
+    if not compressed:
+        return
+    name, out = next(iter(compressed)), "decompress(model) makes parameters whole again, before their optimizer is made"
+    own = [o for o in optimizers if any(p in set(compressed.values()) for p in opt.parameters(o))]
+    if strange := [type(o).__name__ for o in own if not opt.is_elementwise(o)]:
+        raise ValueError(
+            f"{name} is compressed, and {strange[0]} is not known to treat every element of a parameter by itself, as SGD and "
+            f"Adam of torch.optim do; {out}."
+        )
+    updates = method.updates
+    if method.prunes or (updates and (updates.momentum is not None or updates.dense_gradients == "always")):
+        raise ValueError(f"{name} is compressed, and method {method.name!r} needs all of a weight or its gradient; {out}.")
+    if any(is_sharded(p) for p in compressed.values()):
+        raise ValueError(f"{name} is compressed and sharded over ranks; {out}, and sharded.")
+    if not alone and method.counts_vary():
+        raise ValueError(
+            f"{name} is compressed, and method {method.name!r} changes how many values it has, which processes that train "
+            f"together cannot follow; {out}."
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from passes.kernels.pending import forget
 from passes.masking.mask import masks_of, trace_of
 from passes.masking.zeros import zero_dropped_
 from sparsify.methods.scores import LayerState
@@ -14,6 +15,7 @@ from sparsify.training import optimizers as opt
 from sparsify.training import ranks
 from sparsify.training.base import UpdaterBase
 from sparsify.training.change import Bound, observe, update_layers
+from sparsify.training.compressed import WholeGradient, WholeWeight, gather_state, with_whole_state
 from sparsify.training.conditions import check_bound
 
 _EVERY = 100  # steps between looks at gradients, where looking does not wait for the device
@@ -38,6 +40,7 @@ class OptimizerHooks:
             optimizer.register_step_pre_hook(_not_compiled(self._before_step)),
             optimizer.register_step_post_hook(_not_compiled(self._after_step)),
             optimizer.register_load_state_dict_post_hook(lambda _: self.renew()),
+            optimizer.register_state_dict_post_hook(lambda own, state: with_whole_state(own, self.bound, state)),
         )
 
     def _bind(self) -> None:
@@ -83,7 +86,7 @@ class OptimizerHooks:
         updated, waits = self._updates_at(self.step), any(b.weight.device.type != "cpu" for b in self.bound)
         if self._looked and (waits or not (updated or step % _EVERY == 0)):
             return
-        unmoved = [b for b in self.bound if b not in self._moved and b.mask.density < 1]
+        unmoved = [b for b in self.bound if b not in self._moved and b.mask.density < 1 and not b.mask.compressed]
         seen = [(b, g) for b in unmoved if (g := opt.dense_gradient(self.optimizer, b.weight)) is not None and not g.is_meta]
         if not seen:
             return
@@ -97,8 +100,9 @@ class OptimizerHooks:
     @torch.no_grad()
     def _mask_state(self) -> None:
         """Mask what the optimizer keeps. No earlier than a step: state may be loaded before the masks it belongs to."""
+        gather_state(self.optimizer, self.bound)
         for b in self.bound if not opt.stands_still(self.optimizer) else ():
-            for _, tensor in opt.state_tensors(self.optimizer, b.weight):
+            for _, tensor in opt.state_tensors(self.optimizer, b.weight) if not b.mask.compressed else ():
                 zero_dropped_(tensor, b.mask.mask)
 
     def _derive_dense_gradients(self) -> None:
@@ -108,6 +112,8 @@ class OptimizerHooks:
     def _set_dense_gradients(self, dense: bool) -> None:
         for b in self.bound:
             b.mask.dense_gradient = dense
+            if not dense:
+                forget(b.mask.mask)
 
     def _updates_at(self, step: int) -> bool:
         updates = self.updater.method.updates
@@ -185,7 +191,8 @@ class OptimizerHooks:
         assert method.updates is not None
         if goal.target == mask.mask.numel() and not method.prunes:  # which may prune by one threshold for all layers
             return None
-        gradient = None
+        gradient: Any = None
+        weight: Any = WholeWeight(b) if mask.compressed else b.weight
         if method.updates.replaces_step():
             gradient = opt.dense_gradient(self.optimizer, b.weight)
             if gradient is None and method.prunes:
@@ -195,9 +202,11 @@ class OptimizerHooks:
                 )
             if gradient is None:
                 return None
+        if mask.compressed and gradient is not None:
+            gradient = WholeGradient(b, gradient, self.updater.mean_of_ranks)
         return LayerState(
             b.name,
-            b.weight,
+            weight,
             mask.mask,
             nonzeros=mask.nonzeros,
             target=goal.target,
@@ -213,7 +222,8 @@ class OptimizerHooks:
 @torch.no_grad()
 def _mask(bound: list[Bound]) -> None:
     for b in bound:
-        zero_dropped_(b.weight, b.mask.mask)
+        if not b.mask.compressed:
+            zero_dropped_(b.weight, b.mask.mask)
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Any:

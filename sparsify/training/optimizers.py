@@ -21,6 +21,9 @@ _KEEP_ZEROS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Adagrad Adade
 # With a gradient of zero these leave a weight where it is. Their state need not begin at zero.
 _STAND_STILL = frozenset("Rprop Adagrad".split())
 
+# What these do to an element of a parameter depends on no other.
+_ELEMENTWISE = _KEEP_ZEROS - {"Adafactor", "LBFGS"}
+
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Whether an optimizer is known to leave dropped weights at 0, unlike Muon."""
@@ -30,6 +33,11 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
 def stands_still(optimizer: Optimizer) -> bool:
     """Whether an optimizer is known to move nothing that has a gradient of 0, not even by momentum."""
     return _is_one_of(optimizer, _STAND_STILL)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to treat every element of a parameter by itself, so that its shape does not matter."""
+    return _is_one_of(optimizer, _ELEMENTWISE)
 
 
 def _is_one_of(optimizer: Optimizer, names: frozenset[str]) -> bool:
@@ -179,6 +187,12 @@ def end_skip(optimizer: Optimizer) -> None:
     """Give the parameters back the gradients that `skip_step` took away."""
     for parameter, gradient in _SKIPPED.pop(optimizer, {}).items():
         parameter.grad = gradient
+
+
+def forget_gradient(optimizer: Optimizer, weight: nn.Parameter) -> None:
+    """Let a parameter have no gradient, also after `end_skip`."""
+    weight.grad = None
+    _SKIPPED.get(optimizer, {}).pop(weight, None)
 
 
 def forget_history(optimizer: Optimizer) -> None:

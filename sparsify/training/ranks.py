@@ -67,6 +67,13 @@ def check_same(updater: UpdaterBase, model: nn.Module, group: Any) -> None:
                 )
 
 
+def mean(tensor: Tensor, group: Any) -> Tensor:
+    """Return the mean of a tensor over ranks, each of which has to call it."""
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
+
+
 def check_drift(seen: Iterable[tuple[Bound, Tensor]]) -> None:
     """Raise if gradients of an ordinary step show that ranks hold different masks.
 
@@ -114,6 +121,8 @@ def take_over(updater: UpdaterBase, model: nn.Module, optimizers: list[Optimizer
         dist.broadcast_object_list(state, source, group)
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, source, group)
+    for mask in masks_of(model).values():
+        mask.settle_places()
     if dist.get_rank() != source:
         updater.set_extra_state(state[0])
         for optimizer, loaded in zip(optimizers, state[1:], strict=True):

@@ -18,7 +18,7 @@ from passes.weights.reasons import Reason
 from sparsify.methods.method import Goal, Method
 from sparsify.training import ranks
 from sparsify.training.base import UpdaterBase, momentum_buffer
-from sparsify.training.conditions import check_attach
+from sparsify.training.conditions import check_attach, check_compressed
 from sparsify.training.hooks import OptimizerHooks
 from sparsify.training.loading import changed_schedule, check_before_load, settle_after_load, settle_unattended
 from sparsify.training.state import History, State
@@ -96,6 +96,7 @@ class Updater(UpdaterBase):
         if self._attached:
             raise RuntimeError("The updater is attached already; call updater.detach() before attaching again.")
         check_attach(self.method, self.goals, self._model[0], optimizers, total_steps)
+        check_compressed(self.method, self._model[0], optimizers, alone=not self._trains_with(process_group))
         if self._total_steps not in (0, total_steps):
             warnings.warn(changed_schedule(self.method, self.step, self._total_steps, total_steps), stacklevel=2)
         if self.skipped.is_meta:  # of a model whose tensors came from a load
@@ -167,7 +168,14 @@ class Updater(UpdaterBase):
 
     def trains_with_others(self) -> bool:
         """Whether other processes train this model too."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._process_group) > 1
+        return self._trains_with(self._process_group)
+
+    def _trains_with(self, group: Any) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+    def mean_of_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the mean over the processes that train this model; each of them has to call it."""
+        return ranks.mean(tensor, self._process_group) if self.trains_with_others() else tensor
 
     def compare_once(self) -> None:
         """Compare ranks once after `attach` or a load, when all of them take a step."""
