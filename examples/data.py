@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
@@ -38,9 +39,14 @@ def digit_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_x, train_y, test_x, test_y
 
 
-def digits(root: Path | None = None, quick: bool = False, validation: bool = False) -> Data:
-    """Return scikit-learn's digits in batches of 64; for validation, the last tenth of the training images is the test."""
+def digits(root: Path | None = None, quick: bool = False, validation: bool = False, size: int = 8) -> Data:
+    """Return scikit-learn's digits in batches of 64; for validation, the last tenth of the training images is the test.
+
+    Above their own 8 pixels a side they are enlarged, and have three channels, as networks for photographs take them.
+    """
     train_x, train_y, test_x, test_y = digit_images()
+    if size > 8:
+        train_x, test_x = (F.interpolate(x, (size, size), mode="bilinear").expand(-1, 3, -1, -1) for x in (train_x, test_x))
     if validation:
         split = len(train_x) * 9 // 10
         train_x, train_y, test_x, test_y = train_x[:split], train_y[:split], train_x[split:], train_y[split:]

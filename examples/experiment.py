@@ -131,6 +131,7 @@ def variant_of(run: Run) -> str:
     """Name what distinguishes a run besides its density and seed."""
     parts = [run.method, "(same FLOPs as uniform)" if run.flops else f"({run.distribution})"]
     parts = parts[:1] if run.method in ("dense", "small-dense", "nm") else parts
+    parts += [f"kernels={run.kernels}"] if run.kernels != "masked" else []
     parts += [f"{run.longer:g}x"] if run.longer != 1 else []
     parts += [f"every {run.interval}, {run.drop_fraction:g}"] if run.interval else []
     return " ".join(parts)

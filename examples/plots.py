@@ -1,4 +1,4 @@
-"""Plots of the experiments: the score against density and training FLOPs, and every layer's density over time."""
+"""Plots of the experiments: the score against density, training FLOPs and seconds, and every layer's density over time."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,10 +13,11 @@ _MARKERS = "osv^<>DPX*hp"
 
 
 def plot_scores(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
-    """Draw `score-density.png` and `score-flops.png`: means with deviations, one line per variant."""
+    """Draw `score-density.png`, `score-flops.png` and `score-seconds.png`: means with deviations, one line per variant."""
     for key, label, name in (
         ("density", "density", "score-density.png"),
         ("training_ratio", "training FLOPs / dense", "score-flops.png"),
+        ("cpu_seconds", "seconds of CPU time", "score-seconds.png"),
     ):
         figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
         groups = defaultdict(list)

@@ -64,6 +64,17 @@ TASKS = {
             schedule=cosine,
             interval=20,
         ),
+        # A network whose steps take long enough to be timed: WRN-22-2 on enlarged digits.
+        Task(
+            "digits-wide",
+            networks.WideResNet22,
+            partial(data.digits, size=16),
+            (1, 3, 16, 16),
+            epochs=12,
+            optimizer=partial(SGD, nesterov=False, weight_decay=1e-4),
+            schedule=cosine,
+            interval=20,
+        ),
         # The study's language model: the paper's, smaller, on shorter windows.
         Task(
             "chars-small",

@@ -70,6 +70,8 @@ METHODS: dict[str, Maker] = {
     "rigl-sg": lambda t, a, task: RigL(t, a, redistribution="gradient"),
     "rigl-sm": lambda t, a, task: RigL(t, a, redistribution="momentum"),
     "rigl-struct": lambda t, a, task: RigL(t, a, layout="kernels"),
+    "rigl-2x1": lambda t, a, task: RigL(t, a, layout="2x1"),
+    "rigl-4x1": lambda t, a, task: RigL(t, a, layout="4x1"),
     "srigl": lambda t, a, task: SRigL(t, a),
     "gmp": lambda t, a, task: GMP(t, **task.gmp),
     "gmp-global": lambda t, a, task: GMP(t, **task.gmp, scope="global"),

@@ -28,6 +28,13 @@ WORKED = {
         [[[1, 1], [0, 0]], [[1, 1], [0, 0]]],
         [[[0, 0], [0, 0]], [[1, 1], [1, 1]]],
     ),
+    "shared patterns": (  # pairs of outputs: of |w| sums 5 and 3 the second goes, and the highest |g| sum is 10
+        RigL(**half, layout="2x1"),
+        [[4, 1, 0, 0], [-1, -2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[0, 1, 0, 2], [0, 0, 5, 2], [9, 0, 0, 0], [-1, 0, 0, 3]],
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]],
+    ),
     "snip": (SNIP(scope="layer"), [[4, -1, 2, 3]], [[1, 9, -3, 1]], [[1, 1, 1, 1]], [[0, 1, 1, 0]]),
     "gmp": (GMP(1, end_fraction=1.0), [[4, -1, 2, 3]], [[9, 9, 9, 9]], [[1, 1, 1, 1]], [[1, 0, 0, 1]]),
     "2:4": (  # drops 1 and 2 of the first row, 2 of the second; each group is filled by gradient

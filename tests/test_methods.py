@@ -28,6 +28,8 @@ TABLE: dict[str, Method] = {
         RigL(3, redistribution="gradient"),
         RigL(3, redistribution="momentum"),
         RigL(3, layout="kernels"),
+        RigL(3, layout="2x1"),
+        RigL(3, layout="4x1"),
         SRigL(3),
         NM(2, 4, 3),
         GMP(3),
@@ -56,7 +58,7 @@ def assert_layout(model: nn.Module) -> None:
     method, goals, masks = model.updater.method, model.updater.goals, model.updater.masks
     targets = {name: goal.target for name, goal in goals.items()}
     counts = model.updater.nonzeros
-    if method.name in ("set", "rigl", "rigl-struct", "nm", "static", "gmp", "snip-layer"):
+    if method.name in ("set", "rigl", "rigl-struct", "rigl-2x1", "rigl-4x1", "nm", "static", "gmp", "snip-layer"):
         assert counts == targets
     elif method.name != "srigl":
         assert sum(counts.values()) == sum(targets.values())
@@ -65,6 +67,9 @@ def assert_layout(model: nn.Module) -> None:
         if method.name == "rigl-struct":
             kernels = mask.flatten(2).sum(2) if mask.dim() > 2 else mask
             assert set(kernels.flatten().int().tolist()) <= {0, math.prod(mask.shape[2:])}
+        if method.name in ("rigl-2x1", "rigl-4x1"):
+            groups = mask.flatten(1).unflatten(0, (-1, int(method.layout.name[0])))
+            assert (groups == groups[:, :1]).all()
         if method.name == "nm":
             groups = mask.movedim(1, -1).reshape(-1, 4).sum(1)
             assert (groups == 2).all()

@@ -26,7 +26,7 @@ from passes.lowering.plan import Plan
 from passes.lowering.program import Program
 from passes.lowering.run import _PLANS, prepared
 from passes.lowering.segment import Segment
-from sparsify import cli, lower, sparsify, speed_report
+from sparsify import cli, lower, sparsify, speed_report, use_kernels
 from sparsify.cli import load_model
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no C++ compiler here")
@@ -476,7 +476,7 @@ def test_speed_report(tmp_path: Path) -> None:
     report = speed_report(model, X, repeats=2, backend="native", progress=said.append)
     assert [layer.name for layer in report.layers] == ["_0", "_3", "_7"]
     assert all(layer.measured > 0 and layer.predicted > 0 for layer in report.layers)
-    assert report.speedup == report.dense_ms / report.lowered_ms > 0
+    assert report.speedup == report.dense_ms / report.sparse_ms > 0
     assert said[0] == "lowering"
     assert "round 2 of 2" in said
     assert f"{report.speedup:.2f} times faster" in str(report)
@@ -489,6 +489,23 @@ def test_speed_report(tmp_path: Path) -> None:
         speed_report(model, X, repeats=0)
 
 
+def test_speed_report_of_training() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.Flatten(), nn.Linear(96 * 64, 10)]
+    model = sparsify(nn.Sequential(*layers), {"0.*": 1.0, "*": 0.05}, method="static", kernels="auto")
+    report = speed_report(model, (16, 3, 8, 8), training=True, repeats=2)
+    found = {layer.name: (layer.kernel, layer.reason) for layer in report.layers}
+    assert found["0"] == ("masked", "sums over kept weights would not be faster")
+    assert found["2"] == ("sparse", "few weights are kept")
+    assert all(layer.measured > 0 and layer.predicted > 0 for layer in report.layers)
+    assert f"training step: dense {report.dense_ms:.2f} ms" in str(report)
+    use_kernels(model, "masked")
+    assert {x.reason for x in speed_report(model, (2, 3, 8, 8), training=True, repeats=1).layers} == {"kernels='masked'"}
+    assert model[0].weight.grad is None
+    with pytest.raises(ValueError, match="takes the model that sparsify"):
+        speed_report(nn.Sequential(nn.Linear(2, 2)), (1, 2), training=True)
+
+
 def test_bench_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "speed.json"
     arguments = ["bench", "squeezenet1_1", "--density", "0.1", "--input", "1x3x64x64", "--repeats", "1", "--json", str(file)]
@@ -497,6 +514,9 @@ def test_bench_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "times faster" in shown.out
     assert "round 1 of 1" in shown.err
     assert json.loads(file.read_text())["threads"] == torch.get_num_threads()
+    assert cli.main([*arguments, "--training", "--kernels", "sparse"]) == 0
+    assert "training step: dense" in capsys.readouterr().out
+    assert {layer["kernel"] for layer in json.loads(file.read_text())["layers"]} == {"sparse"}
     assert cli.main(["bench", "squeezenet1_1", "--density", "2"]) == 1
     with pytest.raises(SystemExit):
         cli.main(["bench", "squeezenet1_1"])

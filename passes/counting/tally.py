@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from passes.counting.inputs import forward_arguments
 from passes.counting.macs import count
 from passes.counting.run import record
+from passes.masking.mask import masks_of
 
 _OPS = {"convolution": "conv", "addmm": "linear", "mm": "linear"}
 
@@ -76,6 +77,7 @@ def tally(model: nn.Module, inputs: Any) -> Tally:
     args, kwargs = forward_arguments(model, inputs)
     run = record(model, args, kwargs)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes |= {name: mask.mask.numel() for name, mask in masks_of(model).items()}  # of compressed ones, the whole
     ops: dict[str, str] = {}
     weights, products, nodes, uncounted = Counter[str](), Counter(), Counter(), Counter()
     past, other = [], 0

@@ -102,9 +102,9 @@ def _problem(owners: list[nn.Module], mask: Mask) -> str:
         return "there are no native loops: they need a C++ compiler, pip install 'sparsify-fx[kernels]'"
     module = owners[0]
     if not isinstance(module, Masked) or module._modules.get("weight_mask") is not mask:
-        return "its module is no convolution or linear layer of torch.nn"
+        return "code or a graph reads it"
     if why := why_masked(module):
-        return why
+        return f"these layers train masked, since {why}"
     return "its density is 0.5 or more" if mask.density >= _MOST else ""
 
 

@@ -6,6 +6,7 @@ In training, convolutions along one or two dimensions and linear layers of torch
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from passes.capture.host import masked
 from passes.capture.leaves import is_builtin
 from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
-from passes.kernels.costs import pays
+from passes.kernels.costs import gain
 from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
 from passes.masking.mask import Mask, masks_of
@@ -74,7 +75,7 @@ def sparse_mask(module: nn.Module, input: Tensor) -> Mask | None:
         if mask.kernels == "sparse" and not torch.compiler.is_compiling():
             _say(f"kernels='sparse': {type(module).__name__} layers run the masked weight where {problem}.")
         return None
-    if mask.kernels == "auto" and not _pays(module, input, mask):
+    if mask.kernels == "auto" and _gain(module, input, mask) <= 1:
         return None
     if mask.compressed:
         mask.check_places()
@@ -89,7 +90,7 @@ def _say(text: str) -> None:
 def why_masked(module: Any) -> str:
     """Return why a layer runs the masked weight whatever its input is, or nothing."""
     if not is_builtin(module) or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "their code is not torch.nn's"
+        return "they are no convolution or linear layer of torch.nn"
     weight: Any = module._parameters["weight"]
     if weight.device.type != "cpu":
         return "the device is not the CPU"
@@ -121,12 +122,41 @@ def _problem(module: Any, input: Tensor, weight: Tensor) -> str:
     return "" if native() is not None else "there are no native loops"
 
 
-def _pays(module: Any, input: Tensor, mask: Mask) -> bool:
+@dataclass(frozen=True)
+class Choice:
+    """What a layer runs in training.
+
+    Attributes:
+        kernel: "sparse" or "masked".
+        reason: why.
+        predicted: how many times faster than dense sums over kept weights are, by the model; 0 where they cannot run.
+    """
+
+    kernel: str
+    reason: str
+    predicted: float
+
+
+def choice_of(module: nn.Module, input: Tensor) -> Choice:
+    """Return what a masked layer runs in training on an input, and why."""
+    mask: Any = module._modules["weight_mask"]
+    weight: Any = module._parameters["weight"]
+    if problem := _problem(module, input, weight):
+        return Choice("masked", problem, 0.0)
+    predicted = _gain(module, input, mask)
+    if mask.kernels == "masked":
+        return Choice("masked", "kernels='masked'", predicted)
+    if mask.kernels == "auto" and predicted <= 1:
+        return Choice("masked", "sums over kept weights would not be faster", predicted)
+    return Choice("sparse", "kernels='sparse'" if mask.kernels == "sparse" else "few weights are kept", predicted)
+
+
+def _gain(module: Any, input: Tensor, mask: Mask) -> float:
     if isinstance(module, nn.Linear):
         shape, window = (1, input.shape[-1], 1, input.numel() // input.shape[-1]), Window()
     else:
         shape, window = tuple(_image(input).shape), _window(module)
-    return pays(lanes(), shape, tuple(mask.mask.shape), mask.last_nonzeros, window)
+    return gain(lanes(), shape, tuple(mask.mask.shape), mask.last_nonzeros, window)
 
 
 def _image(input: Tensor) -> Tensor:

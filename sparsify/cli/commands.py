@@ -72,17 +72,23 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    """Measure a lowered model against the dense one."""
+    """Measure a lowered model, or a training step, against the dense one."""
     for path in (options.json, options.plot):
         if path:
             check_folder(path)
     model = load_model(options.model, device="cpu").eval()
     shape = options.input or default_shape(model)
-    sparse = sparsify(model, options.density, options.distribution, method="static", seed=options.seed).eval()
+    kernels = options.kernels if options.training else "masked"
+    sparse = sparsify(model, options.density, options.distribution, method="static", kernels=kernels, seed=options.seed).eval()
     terminal = sys.stderr.isatty()
     progress = partial(print, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
     report = speed_report(
-        sparse, shape, backend=options.backend, repeats=options.repeats, progress=lambda text: progress(f"{text:<30}")
+        sparse,
+        shape,
+        training=options.training,
+        backend=options.backend,
+        repeats=options.repeats,
+        progress=lambda text: progress(f"{text:<30}"),
     )
     print(report)
     if options.plot:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from passes.lowering.lower import BACKENDS
+from passes.masking.kernels import KERNELS
 from sparsify.density.distributions import DISTRIBUTIONS
 from sparsify.methods.published import METHODS
 
@@ -17,6 +18,8 @@ _EXAMPLES = """examples:
   sparsify swin_t --density 0.2 --coverage                 what became of every weight
   sparsify resnet18 --density 0.1 --graph graph.svg --plot layers.png --json report.json
   sparsify bench resnet50 --density 0.1                    a lowered model against the dense one, on this machine
+  sparsify bench resnet18 --density 0.1 --training --input 16x3x128x128
+                                                           a training step against a dense one
   sparsify my_package.models:make_net --input 1x3x32x32 --density 0.05 --exclude 'head.*'
 
 exit status: 0 done, 1 the model or a request does not work out (the message says why), 2 the command line is wrong"""
@@ -59,14 +62,16 @@ def bench_parser() -> argparse.ArgumentParser:
     """Return the parser of `sparsify bench`."""
     result = argparse.ArgumentParser(
         prog="sparsify bench",
-        description="Lower a sparse model for this machine and measure it against the dense one, whole and layer by layer. "
-        "The weights are random: speed depends on where zeros are, not on values.",
+        description="Lower a sparse model for this machine, or train it for a step, and measure it against the dense one, "
+        "whole and layer by layer. The weights are random: speed depends on where zeros are, not on values.",
     )
     add = result.add_argument
     add("model", help="a torchvision model (resnet50) or your own (package.module:factory, called without arguments)")
     add("--density", type=float, required=True, metavar="D", help="fraction of the weights to keep, in (0, 1]")
     add("--distribution", default="erk", help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)} (default: erk)")
     add("--input", type=_shape, metavar="1x3x224x224", help="input shape (default: 1x3x224x224; video 1x3x16x224x224)")
+    add("--training", action="store_true", help="measure a forward and backward pass in training instead of the lowered model")
+    add("--kernels", default="auto", choices=KERNELS, help="what layers run in training (default: auto)")
     add("--backend", default="auto", choices=BACKENDS, help="how kernels are chosen (default: auto, by a model of the machine)")
     add("--repeats", type=int, default=15, metavar="N", help="how often each model is run (default: 15)")
     add("--seed", type=int, default=0, help="of the random masks (default: 0)")

@@ -10,7 +10,7 @@ from passes.masking.layers import Masked, leaf_class
 from passes.masking.mask import Mask, masks_of
 from passes.weights.reasons import Reason, Why
 from passes.weights.sites import leaf_weights
-from sparsify.costs.report import FlopReport, Layer
+from sparsify.costs.report import FlopReport, Layer, Source, counts_of
 from sparsify.methods.costs import NOMINAL_STEPS, forecast
 from sparsify.methods.method import Method
 from sparsify.training.lookup import updater_of
@@ -59,6 +59,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         costs.other,
         costs.uncounted,
         costs.measured,
+        Source(model, inputs, counts_of(model)),
     )
 
 

@@ -4,13 +4,24 @@ One multiply-accumulate is 1 MAC; FLOPs = 2 * MACs. Counted are convolutions, li
 pooling and resizing stand apart, as fvcore counts them, outside every ratio.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
+from torch import nn
 
+from passes.masking.mask import masks_of
 from sparsify.costs.plots import plot_layers
+from sparsify.saving.files import replacing
+from sparsify.training.lookup import updater_of
+
+if TYPE_CHECKING:
+    from sparsify.costs.speed import SpeedReport
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,33 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a report is of.
+
+    Attributes:
+        model: the module itself.
+        inputs: those that the report was asked for.
+        counts: {parameter name: kept weights} at that time.
+    """
+
+    model: nn.Module
+    inputs: Any
+    counts: dict[str, int]
+
+    def check(self) -> None:
+        """Raise if the masks keep other numbers of weights than they did, or the run has gone on."""
+        if self.counts != counts_of(self.model):
+            raise ValueError("The model has been trained or changed since this report: call flop_report(model, inputs) again.")
+
+
+def counts_of(model: nn.Module) -> dict[str, int]:
+    """Return how many weights the masks of a model keep, and the step of its updater."""
+    updater = updater_of(model)
+    counts = {name: mask.nonzeros for name, mask in masks_of(model).items()}
+    return counts | {"": updater.step} if updater else counts
+
+
+@dataclass(frozen=True)
 class FlopReport:
     """What `flop_report` returns.
 
@@ -58,6 +96,7 @@ class FlopReport:
     other_flops: int = 0
     uncounted: dict[str, int] = field(default_factory=dict)
     measured: bool = False  # on the given data, because shapes depend on it
+    source: Source | None = field(default=None, repr=False, compare=False)  # what it is of, for pictures of it
 
     @property
     def dense_macs(self) -> int:
@@ -89,7 +128,54 @@ class FlopReport:
         """Return everything as plain Python values, ready for JSON."""
         names = ("dense_macs", "sparse_macs", "inference_ratio", "density")
         layers = [{**asdict(layer), "density": layer.density} for layer in self.layers]
-        return {**asdict(self), **{name: getattr(self, name) for name in names}, "layers": layers}
+        return {**asdict(replace(self, source=None)), **{name: getattr(self, name) for name in names}, "layers": layers}
+
+    def to_html(
+        self, path: str, *, others: Mapping[str, FlopReport] | None = None, speed: SpeedReport | None = None
+    ) -> None:
+        """Write the report as one HTML file that opens offline: totals, layers, the rewritten graph, masks, the run so far.
+
+        Args:
+            path: of the file to write.
+            others: {name: report} of the same model otherwise, such as with other distributions, for a switch; the name of
+                this one is that of its method, or the entry that is this very report.
+            speed: what `speed_report` measured of the model.
+
+        Raises:
+            ValueError: the model has changed since the report, or the report has lost it (by pickling); another report is of
+                other layers.
+
+        Example:
+            >>> import tempfile
+            >>> from torch import nn
+            >>> from sparsify import flop_report, sparsify
+            >>> model = sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5)
+            >>> flop_report(model, (1, 8)).to_html(tempfile.mktemp(suffix=".html"))
+        """
+        from sparsify.html.page import page
+
+        if self.source is None:
+            raise ValueError(
+                "The report has lost its model, as copies through files do: call flop_report(model, inputs) again."
+            )
+        self.source.check()
+        others = others or {}
+        own = next((name for name, r in others.items() if r is self), self.method)
+        reports = {own: self} | dict(others)
+        if strange := [name for name, r in reports.items() if [x.name for x in r.layers] != [x.name for x in self.layers]]:
+            raise ValueError(f"The report {strange[0]!r} is of other layers; a page compares reports on one model.")
+        text = page(self.source.model, self.source.inputs, reports, speed, "\n".join(self._summary()))
+        with replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        head, rows = _HEAD, [_cells(layer) for layer in self.layers]
+        table = tabulate(rows, headers=head, tablefmt="html", intfmt=",", disable_numparse=[0, 1, 2, 5])
+        return f"{table}<pre>{escape(chr(10).join(self._summary()))}</pre>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "source": None}
 
     def plot(self, path: str) -> None:
         """Draw density and MACs per layer, dense beside sparse, into a file (needs the extra `plots`).
@@ -102,13 +188,12 @@ class FlopReport:
 
     def __str__(self) -> str:
         """Return the table that people read."""
-        head = ("layer", "op", "weight", "kept", "of", "density", "dense MACs", "sparse MACs")
         rows = [_cells(layer) for layer in self.layers]
         params = sum(layer.params for layer in self.layers)
         nonzeros = sum(layer.nonzeros for layer in self.layers)
         kept = f"{nonzeros / max(params, 1):.4f}"
         total = ("total", "", "", nonzeros, params, kept, self.dense_macs, self.sparse_macs)
-        table = tabulate([*rows, total], headers=head, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
+        table = tabulate([*rows, total], headers=_HEAD, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
         return "\n".join([table, "", *self._summary()])
 
     def _summary(self) -> list[str]:
@@ -133,6 +218,9 @@ class FlopReport:
         reasons = Counter((x.status, x.reason) for x in self.layers if x.weight_shape)
         lines += ["coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())]
         return lines
+
+
+_HEAD = ("layer", "op", "weight", "kept", "of", "density", "dense MACs", "sparse MACs")
 
 
 def _cells(layer: Layer) -> tuple[Any, ...]:

@@ -19,8 +19,13 @@ Plan = Callable[[Sequence[LayerState], float], list[tuple[int, int]]]
 
 def steady(layers: Sequence[LayerState], fraction: float) -> list[tuple[int, int]]:
     """Grow in each layer what it drops: floor(fraction * nonzeros) (RigL, Algorithm 1)."""
-    drops = [math.floor(fraction * layer.nonzeros / layer.unit) * layer.unit for layer in layers]
+    drops = [steady_drop(layer.nonzeros, layer.unit, fraction) for layer in layers]
     return list(zip(drops, drops, strict=True))
+
+
+def steady_drop(nonzeros: int, unit: int, fraction: float) -> int:
+    """Return how many of a layer's kept weights a fraction drops, in whole units."""
+    return math.floor(fraction * nonzeros / unit) * unit
 
 
 def redistribute(score: Score, layers: Sequence[LayerState], fraction: float) -> list[tuple[int, int]]:

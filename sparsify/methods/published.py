@@ -11,10 +11,12 @@ from sparsify.methods.initial_values import GROWTH_INITS
 from sparsify.methods.layouts import ELEMENTS, KERNELS
 from sparsify.methods.method import Method, steady_updates
 from sparsify.methods.pruning import GMP, SNIP
+from sparsify.methods.row_layouts import shared
 from sparsify.methods.structured import NM, SRigL
 
 _SHARES = {"gradient": scores.gradient, "momentum": scores.momentum}
-_LAYOUTS = {"elements": ELEMENTS, "kernels": KERNELS}
+_LAYOUTS = {"elements": ELEMENTS, "kernels": KERNELS, "2x1": shared(2), "4x1": shared(4)}
+_NAMES = {KERNELS.name: "rigl-struct", "2x1": "rigl-2x1", "4x1": "rigl-4x1"}  # of RigL on layouts
 _MOMENTUM = 0.9  # decay of the moving average of gradients in SNFS
 
 
@@ -52,7 +54,8 @@ def RigL(  # noqa: N802
             against it); RigL paper, appendix on the initialization of new connections.
         redistribution: None keeps every layer's count; "gradient" (RigL-SG) and "momentum" (RigL-SM) grow where the mean
             |gradient| or |moving average of the gradient| of the active weights is high (arXiv 2103.15767).
-        layout: "elements", or "kernels" to drop and grow whole kernels of a convolution.
+        layout: "elements"; "kernels" to drop and grow whole kernels of a convolution; "2x1" or "4x1" to let as many
+            consecutive outputs share their pattern, which sparse kernels run faster.
 
     Returns:
         The method's record.
@@ -68,9 +71,9 @@ def RigL(  # noqa: N802
     updates = steady_updates(interval, drop_fraction, end_fraction, drop_schedule)
     updates = replace(updates, growth_init=resolve(growth_init, GROWTH_INITS, "growth_init"), **_shares(redistribution))
     if redistribution and kind is not ELEMENTS:
-        raise ValueError("redistribution needs layout='elements': layers exchange single weights, not kernels.")
+        raise ValueError(f"redistribution needs layout='elements': layers exchange single weights, not {kind.name}.")
     name = {None: "rigl", "gradient": "rigl-sg", "momentum": "rigl-sm"}[redistribution]
-    return Method("rigl-struct" if kind is KERNELS else name, partial(costs.rigl, interval), updates, kind)
+    return Method(_NAMES.get(kind.name, name), partial(costs.rigl, interval), updates, kind)
 
 
 def SET(  # noqa: N802
@@ -146,6 +149,8 @@ METHODS: dict[str, Method] = {
         RigL(redistribution="gradient"),
         RigL(redistribution="momentum"),
         RigL(layout="kernels"),
+        RigL(layout="2x1"),
+        RigL(layout="4x1"),
         SRigL(),
         NM(),
         GMP(),

@@ -1,4 +1,4 @@
-"""Row layouts: as many weights in each of the rows that a weight is cut into - constant fan-in, or N of every M."""
+"""Row layouts: rules for the rows that a weight is cut into - constant fan-in, N of every M, patterns that outputs share."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from sparsify.density.distributions import kept
 from sparsify.density.random_masks import uniform_numbers
 from sparsify.methods.layouts import Layout
 from sparsify.methods.scores import LayerState
-from sparsify.methods.selection import highest_of_rows, select
+from sparsify.methods.selection import drop_and_grow, highest_of_rows, select
 
 
 def _outputs(tensor: Tensor, out_dim: int) -> Tensor:
@@ -161,6 +161,71 @@ def _refuse_uneven(m: int, site: Site) -> str:
         return problem
     inputs = site.shape[1 - _out_dim(site)]
     return f"its {inputs} inputs cannot be cut into groups of {m}" if inputs % m else ""
+
+
+def shared(outputs: int) -> Layout:
+    """Let every so many consecutive outputs share their pattern: they look at the same inputs, which kernels then read once.
+
+    Weights of such a group are dropped and grown together, by the sum of their |scores|.
+
+    Args:
+        outputs: of a group, at least 2.
+
+    Returns:
+        The layout.
+    """
+    return Layout(
+        f"{outputs}x1",
+        partial(_shared_count, outputs),
+        partial(_draw_shared, outputs),
+        partial(_exchange_shared, outputs),
+        partial(_share_patterns, outputs),
+        unit=partial(_group_size, outputs),
+        refuse=partial(_refuse_odd, outputs),
+    )
+
+
+def _group_size(outputs: int, site: Site) -> int:
+    return outputs
+
+
+def _shared_count(outputs: int, site: Site, density: float) -> int:
+    return kept(density, site.size // outputs) * outputs
+
+
+def _draw_shared(outputs: int, site: Site, count: int, seed: int) -> Tensor:
+    rows = _outputs(_numbers(site, seed), _out_dim(site))[::outputs]
+    mask = select(rows, count // outputs, torch.ones_like(rows, dtype=torch.bool))
+    return _spread_shared(outputs, mask, site.shape, _out_dim(site))
+
+
+def _exchange_shared(outputs: int, layer: LayerState, leaving: Tensor, coming: Tensor | None, drop: int, grow: int) -> Tensor:
+    assert layer.out_dim is not None
+
+    def sums(scores: Tensor) -> Tensor:
+        return _outputs(scores.abs(), layer.out_dim or 0).unflatten(0, (-1, outputs)).sum(1)
+
+    mask = _outputs(layer.mask, layer.out_dim)[::outputs].contiguous()
+    coming = None if coming is None else sums(coming)
+    new = drop_and_grow(sums(leaving), coming, mask, drop // outputs, grow // outputs)
+    return _spread_shared(outputs, new, tuple(layer.mask.shape), layer.out_dim)
+
+
+def _spread_shared(outputs: int, rows: Tensor, shape: tuple[int, ...], out_dim: int) -> Tensor:
+    return _from_outputs(rows.repeat_interleave(outputs, 0), shape, out_dim)
+
+
+def _share_patterns(outputs: int, mask: Tensor, out_dim: int | None) -> bool:
+    assert out_dim is not None
+    groups = _outputs(mask, out_dim).unflatten(0, (-1, outputs))
+    return bool((groups == groups[:, :1]).all())
+
+
+def _refuse_odd(outputs: int, site: Site) -> str:
+    if problem := _refuse_unknown(site):
+        return problem
+    count = site.shape[_out_dim(site)]
+    return f"its {count} outputs cannot be cut into groups of {outputs}" if count % outputs else ""
 
 
 def _out_dim(site: Site) -> int:

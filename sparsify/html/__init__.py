@@ -1,0 +1,1 @@
+"""HTML: the report as one file that opens anywhere, with the layers, the rewritten graph and the history of a run."""
