@@ -17,6 +17,7 @@ from sparsify.costs.flops import flop_report
 from sparsify.costs.report import FlopReport
 from sparsify.costs.speed import speed_report
 from sparsify.costs.views import draw_graph, graph_table
+from sparsify.density.distributions import DISTRIBUTIONS
 from sparsify.saving.files import check_folder, replacing
 
 
@@ -52,11 +53,13 @@ def _run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     shape = options.input or default_shape(model)
     names = options.distribution.split(",")
-    for path in (options.json, options.plot, options.graph):
+    for path in (options.json, options.plot, options.graph, options.html):
         if path:
             check_folder(path)
-    if len(names) > 1 and (options.graph or options.plot or options.coverage):
-        raise ValueError("--graph, --plot and --coverage show one distribution; name one.")
+    if options.speed and not options.html:
+        raise ValueError("--speed measures for the page that --html writes; `sparsify bench` prints a table.")
+    if len(names) > 1 and (options.graph or options.plot or options.coverage or options.html):
+        raise ValueError("--graph, --plot, --coverage and --html show one distribution; name one.")
     reports = {}
     for name in names:
         sparse = _make_verified(model, name, shape, options) if not reports else _make(model, name, shape, options, False)
@@ -65,10 +68,35 @@ def _run(options: argparse.Namespace) -> None:
             _show(sparse, reports[name], shape, options)
     if len(names) > 1:
         print(compare(reports))
+    if options.html:
+        _write_page(names[0], shape, options)
     if options.json:
         content = {name: report.to_dict() for name, report in reports.items()}
         with replacing(options.json) as unfinished:
             unfinished.write_text(json.dumps(content if len(names) > 1 else content[names[0]], indent=1))
+
+
+def _write_page(name: str, shape: tuple[int, ...], options: argparse.Namespace) -> None:
+    """Write the page of a model with real masks, beside what other distributions would give."""
+    model = load_model(options.model, device="cpu")
+    sparse = _make(model, name, shape, options, verify=False)
+    report = flop_report(sparse, shape)
+    others = {name: report}
+    if options.method != "nm":  # which has no density to spread
+        dense = load_model(options.model)
+        others |= {n: flop_report(_make(dense, n, shape, options, False), shape) for n in DISTRIBUTIONS if n != name}
+    speed = None
+    if options.speed:
+        static = sparsify(model, masks=sparse, method="static").eval()
+        speed = speed_report(static, shape, progress=_progress())
+    report.to_html(options.html, others=others, speed=speed)
+
+
+def _progress() -> Callable[[str], None]:
+    """Return what says on the terminal how far something has come, in one line where that can be written over."""
+    terminal = sys.stderr.isatty()
+    say = partial(print, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+    return lambda text: say(f"{text:<30}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -80,15 +108,13 @@ def _bench(options: argparse.Namespace) -> None:
     shape = options.input or default_shape(model)
     kernels = options.kernels if options.training else "masked"
     sparse = sparsify(model, options.density, options.distribution, method="static", kernels=kernels, seed=options.seed).eval()
-    terminal = sys.stderr.isatty()
-    progress = partial(print, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
     report = speed_report(
         sparse,
         shape,
         training=options.training,
         backend=options.backend,
         repeats=options.repeats,
-        progress=lambda text: progress(f"{text:<30}"),
+        progress=_progress(),
     )
     print(report)
     if options.plot:

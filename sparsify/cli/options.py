@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   sparsify vit_b_16 --density 0.2 --graph                  the rewritten graph as a table
   sparsify swin_t --density 0.2 --coverage                 what became of every weight
   sparsify resnet18 --density 0.1 --graph graph.svg --plot layers.png --json report.json
+  sparsify resnet50 --density 0.1 --html report.html       everything to look at, in one file that opens offline
   sparsify bench resnet50 --density 0.1                    a lowered model against the dense one, on this machine
   sparsify bench resnet18 --density 0.1 --training --input 16x3x128x128
                                                            a training step against a dense one
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     coverage = "list every weight that the model consumes: masked, dense by which rule, or unsupported and why"
     add("--coverage", action="store_true", help=coverage)
     add("--json", metavar="FILE", help="write the report as JSON")
+    html = "write the report as one HTML file: layers, graph, masks, and the built-in distributions side by side"
+    add("--html", metavar="FILE", help=html)
+    add("--speed", action="store_true", help="with --html: measure the lowered model against the dense one, on this machine")
     add("--plot", metavar="FILE", help="draw density and MACs per layer into FILE (.png .svg .pdf)")
     return result
 

@@ -130,9 +130,7 @@ class FlopReport:
         layers = [{**asdict(layer), "density": layer.density} for layer in self.layers]
         return {**asdict(replace(self, source=None)), **{name: getattr(self, name) for name in names}, "layers": layers}
 
-    def to_html(
-        self, path: str, *, others: Mapping[str, FlopReport] | None = None, speed: SpeedReport | None = None
-    ) -> None:
+    def to_html(self, path: str, *, others: Mapping[str, FlopReport] | None = None, speed: SpeedReport | None = None) -> None:
         """Write the report as one HTML file that opens offline: totals, layers, the rewritten graph, masks, the run so far.
 
         Args:

@@ -71,7 +71,7 @@ def node_views(model: nn.Module, inputs: Any = None) -> list[NodeView]:
                 sources = [_joined(region, n.name, "/") for n in node.all_input_nodes]
                 view = _view(_joined(region, node.name, "/"), path, node.op, target, sources, used, names, macs)
                 views.append(replace(view, name=f"{region}: {node.name}" if region else node.name))
-                called |= {module.get_submodule(target)} if node.op == "call_module" else set()
+                called |= set(module.get_submodule(target).modules()) if node.op == "call_module" else set()
         elif isinstance(module, Masked) and masks and module not in called:
             weights = [m for path, m in masks if "." not in path]
             macs = None if costs is None else sum(costs.weights.get(names[m], 0) for m in weights)

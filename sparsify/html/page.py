@@ -1,6 +1,6 @@
 """Page: one HTML file of a report, that opens offline.
 
-Cytoscape.js draws the graph, dagre lays it out and uPlot draws the charts; all three are in `assets/vendor` and go into the file.
+Cytoscape.js draws the graph, dagre lays it out and uPlot draws the charts; all are in `assets/vendor` and go into the file.
 What the page shows is JSON beside them, and becomes text, never markup.
 """
 
@@ -98,7 +98,8 @@ def _node(view: NodeView) -> dict[str, Any]:
     parts = (view.path or view.name).split(".")
     own = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
     label = own if view.op == "call_module" else view.name.rpartition(": ")[2]
-    return {"id": view.id, "label": label, "path": view.path, "inputs": view.inputs, "weights": view.weights}
+    block = view.path.rpartition(".")[0] if view.op == "call_module" else view.path
+    return {"id": view.id, "label": label, "block": block, "inputs": view.inputs, "weights": view.weights}
 
 
 def _masks(model: nn.Module) -> dict[str, Any]:

@@ -17,14 +17,14 @@ function blocksOf(nodes) {
   const blocks = { "": { id: "", label: "", parent: null, members: [] } };
   const counts = {};
   const prefixes = (path) => path.split(".").map((_, i, parts) => parts.slice(0, i + 1).join("."));
-  for (const node of nodes) if (node.path) for (const prefix of prefixes(node.path)) counts[prefix] = (counts[prefix] || 0) + 1;
+  for (const node of nodes) if (node.block) for (const prefix of prefixes(node.block)) counts[prefix] = (counts[prefix] || 0) + 1;
   for (const node of nodes) {
     let parent = "";
-    for (const prefix of node.path ? prefixes(node.path) : []) {
+    for (const prefix of node.block ? prefixes(node.block) : []) {
       // a block that holds what its parent holds, or a single node, shows nothing
       if (counts[prefix] < 2 || (parent && counts[prefix] === counts[parent])) continue;
       if (!blocks[prefix]) {
-        blocks[prefix] = { id: prefix, label: prefix, parent, members: [] };
+        blocks[prefix] = { id: prefix, label: prefix.slice(parent ? parent.length + 1 : 0), parent, members: [] };
         blocks[parent].members.push({ block: prefix });
       }
       parent = prefix;
@@ -62,7 +62,7 @@ class GraphView {
     this.open = new Set([""]);
     this.layers = {};
     this.chosen = new Set();
-    this.cy = cytoscape({ container: element, wheelSensitivity: 0.3, minZoom: 0.02, maxZoom: 3, autoungrabify: true });
+    this.cy = cytoscape({ container: element, minZoom: 0.02, maxZoom: 3, autoungrabify: true });
     this.cy.on("tap", "node", (event) => {
       const id = event.target.id();
       if (id.startsWith("b:")) this.toggle(id.slice(2));

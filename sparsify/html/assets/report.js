@@ -40,6 +40,9 @@ function bars(dense, sparse, most) {
   return make("div", { class: "bar of-all" }, all, left);
 }
 
+/** A path that may be broken after its dots. */
+const breakable = (path) => path.split(/(?<=\.)/).flatMap((part) => [part, make("wbr")]);
+
 // Totals
 
 function showTotals() {
@@ -91,7 +94,7 @@ function showTable() {
   find("table").tHead.replaceChildren(make("tr", {}, ...heads));
   find("table").tBodies[0].replaceChildren(...shown.map((x) => {
     const cells = {
-      name: make("td", { class: "name" }, x.name),
+      name: make("td", { class: "name" }, ...breakable(x.name)),
       op: make("td", { class: "wide" }, x.op),
       shape: make("td", { class: "wide" }, x.shape),
       kept: make("td", { class: "number" }, x.params ? number.format(x.kept) : ""),
@@ -159,7 +162,7 @@ function showDetails() {
     ].filter(([, value]) => value);
     const list = make("dl", {}, ...facts.flatMap(([title, value]) => [make("dt", {}, title), make("dd", {}, value)]));
     const mask = state.variant === data.main ? data.masks[x.name] : null;
-    return make("div", {}, make("h2", {}, x.name), make("div", { class: "row" }, list, mask ? thumbnail(mask) : null));
+    return make("div", {}, make("h2", {}, ...breakable(x.name)), make("div", { class: "row" }, list, mask ? thumbnail(mask) : null));
   }));
 }
 
@@ -184,7 +187,7 @@ function showHistory() {
   const run = data.history;
   if (!run) return;
   find("history").hidden = false;
-  const count = (v) => short(v), ratio = (v) => share(v);
+  const count = (v) => (v >= 1e6 ? `${v / 1e6} M` : v >= 1e4 ? `${v / 1e3} k` : String(v)), ratio = (v) => share(v);
   chart("Density of each layer", run.steps, run.densities, ratio);
   chart("FLOPs relative to dense", run.steps, [
     { label: "inference", values: run.inference_ratio }, { label: "training so far", values: run.training_ratio }], ratio);
