@@ -70,7 +70,9 @@ def rigl_torch(model: nn.Module, make: MakeOptimizer, interval: int | None, inpu
     return Training(model, optimizer, masks, around_step, pruner.state_dict, pruner.load_state_dict)
 
 
-def sparselab(model: nn.Module, make: MakeOptimizer, interval: int | None, inputs: Tensor) -> Training:
+def sparselab(
+    model: nn.Module, make: MakeOptimizer, interval: int | None, inputs: Tensor, density: float = DENSITY
+) -> Training:
     """sparselab: RigL on its SparseLinear layers, which take the place of nn.Linear."""
     import sparselab as library
 
@@ -78,9 +80,9 @@ def sparselab(model: nn.Module, make: MakeOptimizer, interval: int | None, input
     for path, module in linear:
         parent, _, name = path.rpartition(".")
         bias = module.bias is not None
-        layer = library.SparseLinear(module.in_features, module.out_features, bias=bias, sparsity=1 - DENSITY)
+        layer = library.SparseLinear(module.in_features, module.out_features, bias=bias, sparsity=1 - density)
         setattr(model.get_submodule(parent), name, layer)
-    options = {"sparsity": 1 - DENSITY}
+    options = {"sparsity": 1 - density}
     algorithm = library.RigL(**options, update_freq=interval) if interval else library.Static(**options)
     model.apply(algorithm)
     optimizer = make(model)

@@ -2,11 +2,13 @@
 
 A step is forward, backward and SGD with momentum, on as many threads as torch has. Dense is the fastest of eager and compiled,
 contiguous and channels last, in the same round. Rounds take turns between all; a model takes as many as fit into its time,
-three at least. A profile says where the time of a step at 90% goes.
+three at least. sparselab takes part where it is installed (`pip install --no-deps sparselab==0.2.2`). A profile says where the
+time of a step at 90% goes.
 """
 
 import argparse
 import copy
+import importlib.util
 import sys
 import time
 import warnings
@@ -17,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import libraries
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -101,6 +104,14 @@ def _sparse(model: nn.Module, density: float, distribution: str, method: Method,
     return sparsify(model, budget, distribution, method=method, kernels=kernels)
 
 
+def _sparselab(model: nn.Module, x: Tensor, density: float) -> Step | None:
+    """Return a step of sparselab's linear layers by its own recipe, where it is installed and there is nothing else."""
+    if importlib.util.find_spec("sparselab") is None or any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        return None
+    trained = libraries.sparselab(copy.deepcopy(model), sgd, None, x, density)
+    return _step(trained.model, trained.model, x)
+
+
 def _held(model: nn.Module, x: Tensor) -> tuple[int, int]:
     """Return bytes of weights, gradients and Adam's state: after a step, and at most in the step that decides growth."""
     optimizer = torch.optim.Adam(model.parameters())
@@ -142,9 +153,10 @@ def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: 
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     dense = _dense(model, x, compiled)
-    sparse = {
-        (*case, k): sparse_step(model, x, case[1], case[0], k) for case in cases for k in ("auto", "sparse", "compressed")
-    }
+    kinds = ("auto", "sparse", "compressed")
+    sparse = {(*case, k): sparse_step(model, x, case[1], case[0], k) for case in cases for k in kinds}
+    peers = {(*case, "sparselab"): _sparselab(model, x, case[1]) for case in cases if case[0] == "uniform"}
+    sparse |= {case: step for case, step in peers.items() if step}
     masked = (*cases[0], "masked")
     steps: dict[Any, Step] = {**dense, **sparse, masked: sparse_step(model, x, cases[0][1], cases[0][0], "masked")}
     seconds: dict[Any, list[float]] = {step: [] for step in steps}
@@ -167,7 +179,7 @@ def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: 
         [
             f"{name}, {case[0]} {case[1]:g}",
             f"{1e3 * median(seconds[(*case, 'auto')]):.0f}",
-            *(ratio((*case, kernels)) for kernels in ("auto", "sparse", "compressed", "masked")),
+            *(ratio((*case, kernels)) for kernels in (*kinds, "masked", "sparselab")),
             best,
             str(len(fastest)),
         ]
@@ -217,6 +229,7 @@ def main() -> None:
         "dense / sparse",
         "dense / compressed",
         "dense / masked",
+        "dense / sparselab",
         "fastest dense",
         "rounds",
     ]

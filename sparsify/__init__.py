@@ -14,9 +14,10 @@ from passes.masking.compressed import compress, decompress
 from passes.masking.kernels import use_kernels
 from sparsify.api import sparsify
 from sparsify.costs.flops import flop_report
-from sparsify.costs.ledger import CostLedger, cost_ledger
+from sparsify.costs.ledger import cost_ledger
 from sparsify.costs.report import FlopReport
 from sparsify.costs.speed import SpeedReport, speed_report
+from sparsify.costs.spent import CostLedger
 from sparsify.costs.views import draw_graph, graph_table
 from sparsify.methods import scores
 from sparsify.methods.method import Method, Updates

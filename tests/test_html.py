@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from sparsify import GMP, NM, RigL, SRigL, cli, flop_report, sparsify, speed_report
-from sparsify.html.thumbnails import thumbnail
+from sparsify.costs.page import _changes
+from sparsify.costs.thumbnails import thumbnail
 
 X = (1, 3, 8, 8)
 BROWSER = shutil.which("chromium")
@@ -95,8 +96,6 @@ def content_of_untrained(folder: Path) -> dict[str, Any]:
 
 def test_changes_are_those_of_the_masks() -> None:
     """As many are dropped and grown as the plan says; some of those that are dropped come back at once."""
-    from sparsify.html.page import _changes
-
     model = trained(steps=2)
     before = {name: mask.clone() for name, mask in model.updater.masks.items()}
     optimizer = model.updater._attached[0].optimizer

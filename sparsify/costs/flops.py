@@ -10,6 +10,7 @@ from passes.masking.layers import Masked, leaf_class
 from passes.masking.mask import Mask, masks_of
 from passes.weights.reasons import Reason, Why
 from passes.weights.sites import leaf_weights
+from sparsify.costs.page import page
 from sparsify.costs.report import FlopReport, Layer, Source, counts_of
 from sparsify.methods.costs import NOMINAL_STEPS, forecast
 from sparsify.methods.method import Method
@@ -59,7 +60,7 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         costs.other,
         costs.uncounted,
         costs.measured,
-        Source(model, inputs, counts_of(model)),
+        Source(model, counts_of(model), page),
     )
 
 

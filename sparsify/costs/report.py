@@ -4,24 +4,20 @@ One multiply-accumulate is 1 MAC; FLOPs = 2 * MACs. Counted are convolutions, li
 pooling and resizing stand apart, as fvcore counts them, outside every ratio.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tabulate import tabulate
 from torch import nn
 
 from passes.masking.mask import masks_of
 from sparsify.costs.plots import plot_layers
+from sparsify.costs.speed import SpeedReport
 from sparsify.saving.files import replacing
 from sparsify.training.lookup import updater_of
-
-if TYPE_CHECKING:
-    from sparsify.costs.speed import SpeedReport
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,13 @@ class Source:
 
     Attributes:
         model: the module itself.
-        inputs: those that the report was asked for.
         counts: {parameter name: kept weights} at that time.
+        page: makes the page of reports on it.
     """
 
     model: nn.Module
-    inputs: Any
     counts: dict[str, int]
+    page: Callable[..., str]
 
     def check(self) -> None:
         """Raise if the masks keep other numbers of weights than they did, or the run has gone on."""
@@ -130,7 +126,7 @@ class FlopReport:
         layers = [{**asdict(layer), "density": layer.density} for layer in self.layers]
         return {**asdict(replace(self, source=None)), **{name: getattr(self, name) for name in names}, "layers": layers}
 
-    def to_html(self, path: str, *, others: Mapping[str, FlopReport] | None = None, speed: SpeedReport | None = None) -> None:
+    def to_html(self, path: str, *, others: "Mapping[str, FlopReport] | None" = None, speed: SpeedReport | None = None) -> None:
         """Write the report as one HTML file that opens offline: totals, layers, the rewritten graph, masks, the run so far.
 
         Args:
@@ -150,8 +146,6 @@ class FlopReport:
             >>> model = sparsify(nn.Sequential(nn.Linear(8, 8)), density=0.5)
             >>> flop_report(model, (1, 8)).to_html(tempfile.mktemp(suffix=".html"))
         """
-        from sparsify.html.page import page
-
         if self.source is None:
             raise ValueError(
                 "The report has lost its model, as copies through files do: call flop_report(model, inputs) again."
@@ -162,7 +156,7 @@ class FlopReport:
         reports = {own: self} | dict(others)
         if strange := [name for name, r in reports.items() if [x.name for x in r.layers] != [x.name for x in self.layers]]:
             raise ValueError(f"The report {strange[0]!r} is of other layers; a page compares reports on one model.")
-        text = page(self.source.model, self.source.inputs, reports, speed, "\n".join(self._summary()))
+        text = self.source.page(self.source.model, reports, speed, "\n".join(self._summary()))
         with replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 

@@ -8,32 +8,27 @@ import html
 import json
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from sparsify.costs.ledger import cost_ledger
+from sparsify.costs.report import FlopReport, Layer
+from sparsify.costs.speed import SpeedReport
+from sparsify.costs.spent import ledger_of
+from sparsify.costs.thumbnails import thumbnail
 from sparsify.costs.views import NodeView, node_views
-from sparsify.html.thumbnails import thumbnail
 from sparsify.methods.how_many import steady_drop
 from sparsify.training.lookup import updater_of
-
-if TYPE_CHECKING:
-    from sparsify.costs.report import FlopReport, Layer
-    from sparsify.costs.speed import SpeedReport
 
 _SCRIPTS = ("vendor/cytoscape.min.js", "vendor/dagre.min.js", "vendor/uPlot.iife.min.js", "graph.js", "report.js")
 _STYLES = ("vendor/uPlot.min.css", "report.css")
 
 
-def page(
-    model: nn.Module, inputs: Any, reports: Mapping[str, "FlopReport"], speed: "SpeedReport | None" = None, notes: str = ""
-) -> str:
+def page(model: nn.Module, reports: Mapping[str, FlopReport], speed: SpeedReport | None = None, notes: str = "") -> str:
     """Return the page of a report.
 
     Args:
         model: what the first report is of.
-        inputs: those of the report.
         reports: {what the switch calls it: a report on the same layers}; the first one is the model's own.
         speed: of the model.
         notes: text under everything.
@@ -50,7 +45,7 @@ def page(
         "variants": {name: _variant(r, speed if name == main else None) for name, r in reports.items()},
         "nodes": [_node(view) for view in _views(model)],
         "masks": _masks(model),
-        "history": _history(model, inputs),
+        "history": _history(model, report),
         "speed": speed and {k: v for k, v in speed.to_dict().items() if k != "layers"},
         "notes": notes.splitlines(),
     }
@@ -64,11 +59,11 @@ def page(
 
 
 def _text(names: tuple[str, ...]) -> str:
-    folder = files("sparsify.html") / "assets"
+    folder = files("sparsify.costs") / "assets"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
-def _variant(report: "FlopReport", speed: "SpeedReport | None") -> dict[str, Any]:
+def _variant(report: FlopReport, speed: SpeedReport | None) -> dict[str, Any]:
     masked = [layer for layer in report.layers if layer.status == "masked"]
     names = ("density", "dense_macs", "sparse_macs", "inference_ratio", "training_ratio", "exact_training_ratio")
     totals = {name: getattr(report, name) for name in (*names, "dense_bytes", "sparse_bytes")}
@@ -76,7 +71,7 @@ def _variant(report: "FlopReport", speed: "SpeedReport | None") -> dict[str, Any
     return {"totals": totals, "layers": [_layer(x, speed) for x in report.layers]}
 
 
-def _layer(layer: "Layer", speed: "SpeedReport | None") -> dict[str, Any]:
+def _layer(layer: Layer, speed: SpeedReport | None) -> dict[str, Any]:
     row = {name: getattr(layer, name) for name in ("name", "op", "params", "density", "dense_macs", "sparse_macs")}
     row |= {"kept": layer.nonzeros, "shape": "x".join(map(str, layer.weight_shape or ())), "dead_outputs": layer.dead_outputs}
     row |= {"status": layer.status, "reason": layer.reason, "measured": 0.0, "kernel": ""}
@@ -111,12 +106,12 @@ def _masks(model: nn.Module) -> dict[str, Any]:
     return {name: picture for name, picture in found.items() if picture}
 
 
-def _history(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
+def _history(model: nn.Module, report: FlopReport) -> dict[str, Any] | None:
     """Return densities, FLOPs and changes over the steps of a run; None before its first step."""
     updater = updater_of(model)
     if updater is None or not updater.step:
         return None
-    topologies, ledger = updater.history, cost_ledger(model, inputs)
+    topologies, ledger = updater.history, ledger_of(model, report)
     steps = [entry.step for entry in topologies]
     rows = {row.step: row for row in ledger.rows}
     held = [rows[max(step for step in rows if step <= at)] for at in steps]
