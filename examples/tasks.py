@@ -70,7 +70,7 @@ TASKS = {
             networks.WideResNet22,
             partial(data.digits, size=16),
             (1, 3, 16, 16),
-            epochs=12,
+            epochs=8,
             optimizer=partial(SGD, nesterov=False, weight_decay=1e-4),
             schedule=cosine,
             interval=20,

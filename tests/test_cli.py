@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +28,57 @@ def test_a_report_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "reports.json"
-    assert main(["resnet18", "--flops", "0.3", "--distribution", "uniform,er,erk", "--json", str(file)]) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("inference FLOPs / dense"))
-    assert line.split()[-3:] == ["0.3000"] * 3
-    assert list(json.loads(file.read_text())) == ["uniform", "er", "erk"]
+    assert main(["compare", "resnet18", "--density", "0.2,0.1", "--distribution", "uniform,erk", "--json", str(file)]) == 0
+    shown, saved = capsys.readouterr().out, json.loads(file.read_text())
+    assert [(r["target"], r["distribution"]) for r in saved] == [(d, n) for d in (0.2, 0.1) for n in ("uniform", "erk")]
+    lines = [line.split() for line in shown.splitlines()]
+    for report in saved:
+        row = next(x for x in lines if x[:2] == [f"{report['target']:g}", report["distribution"]])
+        assert row[3] == f"{report['inference_ratio']:.4f}"
+    assert ["fc.weight", "0.2000", "0.7197"] in lines
+
+
+def test_tables_fit_the_window_and_colour_what_is_masked(tmp_path: Path) -> None:
+    main_, window = pty.openpty()
+    command = [sys.executable, "-W", "ignore", "-m", "sparsify", "resnet18", "--density", "0.1", "--no-verify"]
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"COLUMNS": "72", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=window, stderr=subprocess.PIPE, env=environment):
+        os.close(window)
+        read = b""
+        while part := _read(main_):
+            read += part
+    shown = read.decode()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    table = plain.replace("\r", "").split("\n\n")[0].splitlines()
+    assert plain != shown
+    assert max(map(len, table)) <= 72
+    assert any(line.startswith("layer4.0.downsample.0") or "…" in line for line in table)
+    assert table[-1].startswith("total")
+
+
+def _read(window: int) -> bytes:
+    try:
+        return os.read(window, 65536)
+    except OSError:  # as Linux ends it
+        return b""
+
+
+def test_models_of_other_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert main([f"hf:{tmp_path}", "--density", "0.1", "--input", "2x16"]) == 0
+    assert "BertModel on 2x16" in capsys.readouterr().out
+    assert main(["timm:convnext_atto", "--density", "0.1", "--no-verify"]) == 0
+    assert "head.fc.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("resnet50", "compare", "--html", "rigl-sg"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_coverage_of_every_weight(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +122,11 @@ BAD = {
     "no folder": (["resnet18", "--density", "0.1", "--json", "nowhere/x.json"], "there is no folder nowhere"),
     "not a module": (["math:ulp", "--density", "0.1"], "ulp"),
     "wrong input": (["resnet18", "--density", "0.1", "--input", "1x4x8x8"], "module 'conv1'"),
-    "two graphs": (["resnet18", "--density", "0.1", "--distribution", "er,erk", "--graph"], "name one"),
+    "two distributions": (["resnet18", "--density", "0.1", "--distribution", "er,erk"], "Unknown distribution 'er,erk'"),
+    "speed of nothing": (["resnet18", "--density", "0.1", "--speed"], "for the page that --html writes"),
+    "unknown timm": (["timm:convnext_atom", "--density", "0.1"], "Did you mean convnext_atto"),
+    "no configuration": (["hf:nowhere", "--density", "0.1"], "no configuration on this machine"),
+    "density of a comparison": (["compare", "resnet18", "--density", "0.1,3"], "must be a number in (0, 1]"),
 }
 
 
@@ -84,7 +138,16 @@ def test_failures(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert not captured.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["resnet18"], ["resnet18", "--density", "0.1", "--input", "3xx"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["resnet18"],
+        ["resnet18", "--density", "0.1", "--input", "3xx"],
+        ["compare", "resnet18", "--density", "few"],
+        ["completion", "fish"],
+    ],
+)
 def test_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

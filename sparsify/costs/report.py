@@ -162,9 +162,9 @@ class FlopReport:
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        head, rows = _HEAD, [_cells(layer) for layer in self.layers]
-        table = tabulate(rows, headers=head, tablefmt="html", intfmt=",", disable_numparse=[0, 1, 2, 5])
-        return f"{table}<pre>{escape(chr(10).join(self._summary()))}</pre>"
+        heads, rows, summary = self.table()
+        table = tabulate(rows, headers=heads, tablefmt="html", intfmt=",", disable_numparse=[0, 1, 2, 5])
+        return f"{table}<pre>{escape(chr(10).join(summary))}</pre>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "source": None}
@@ -178,15 +178,19 @@ class FlopReport:
         bars = [(layer.name, layer.density, layer.dense_macs, layer.sparse_macs) for layer in self.layers]
         plot_layers(bars, f"{self.model}: {self.inference_ratio:.4f} of dense MACs", path)
 
-    def __str__(self) -> str:
-        """Return the table that people read."""
-        rows = [_cells(layer) for layer in self.layers]
+    def table(self) -> tuple[tuple[str, ...], list[tuple[Any, ...]], list[str]]:
+        """Return the heads of the table's columns, its rows, the last of which is the total, and the lines below it."""
         params = sum(layer.params for layer in self.layers)
         nonzeros = sum(layer.nonzeros for layer in self.layers)
         kept = f"{nonzeros / max(params, 1):.4f}"
         total = ("total", "", "", nonzeros, params, kept, self.dense_macs, self.sparse_macs)
-        table = tabulate([*rows, total], headers=_HEAD, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
-        return "\n".join([table, "", *self._summary()])
+        return _HEAD, [*(_cells(layer) for layer in self.layers), total], self._summary()
+
+    def __str__(self) -> str:
+        """Return the table that people read."""
+        heads, rows, summary = self.table()
+        table = tabulate(rows, headers=heads, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
+        return "\n".join([table, "", *summary])
 
     def _summary(self) -> list[str]:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
