@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from sparsify import RigL, fold, sparsify
+from sparsify.integrations.loggers import log_sparsity
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own imports
@@ -236,3 +237,42 @@ def test_tensorboard(tmp_path: Path) -> None:
                 writer.add_scalar(name, value, step)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.value for event in events.Scalars("sparsity/updates")] == [0.0, 1.0, 1.0, 2.0]
+
+
+def test_tensorboard_gets_scalars_histograms_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = torch.nn.ModuleDict({"net": sparsify(SmallNet(), 0.3), "other": torch.nn.Linear(2, 2)})
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_sparsity(writer, model, 7)
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    tags = found.Tags()
+    names = list(model["net"].updater.masks)
+    assert {f"net/sparsity/density/{name}" for name in names} < set(tags["scalars"])
+    assert set(tags["histograms"]) == {f"net/sparsity/fan-in/{name}" for name in names}
+    assert set(tags["images"]) == {f"net/sparsity/mask/{name}" for name in names}
+    event = found.Histograms(f"net/sparsity/fan-in/{names[0]}")[0]
+    kept = model["net"].updater.masks[names[0]].flatten(1).sum(1)
+    assert (event.step, event.histogram_value.num, event.histogram_value.sum) == (7, len(kept), int(kept.sum()))
+
+
+def test_weights_and_biases_gets_the_same_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = sparsify(SmallNet(), 0.3)
+    with wandb.init(mode="offline", project="test", dir=str(tmp_path)) as run:
+        log_sparsity(run, model, 3)
+    written = next(tmp_path.rglob("*.wandb")).read_bytes()
+    for name in model.updater.masks:
+        assert f"sparsity/density/{name}".encode() in written
+        assert f"sparsity/fan-in/{name}".encode() in written
+    assert len(list(tmp_path.rglob("*.png"))) == len(model.updater.masks)
+
+
+def test_loggers_that_are_none() -> None:
+    with pytest.raises(TypeError, match="SummaryWriter or a run of wandb, not list"):
+        log_sparsity([], sparsify(SmallNet(), 0.3), 0)
+    with pytest.raises(ValueError, match="no sparse model inside"):
+        log_sparsity([], SmallNet(), 0)

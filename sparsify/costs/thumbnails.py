@@ -1,16 +1,15 @@
-"""Thumbnails: masks as small pictures, the kept share of each patch by its brightness."""
+"""Thumbnails: pictures of masks as a page holds them."""
 
 import base64
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-_SIDE = 32  # pixels
+from passes.masking.pictures import picture
 
 
 def thumbnail(mask: Tensor, out_dim: int | None) -> dict[str, Any] | None:
-    """Return a mask as a picture: outputs from top to bottom, their inputs from left to right.
+    """Return a picture of a mask.
 
     Args:
         mask: bool, any shape.
@@ -21,11 +20,11 @@ def thumbnail(mask: Tensor, out_dim: int | None) -> dict[str, Any] | None:
     """
     if mask.is_meta:
         return None
-    rows = mask.movedim(out_dim or 0, 0).flatten(1) if mask.dim() > 1 else mask[None]
-    height, width = min(_SIDE, rows.shape[0]), min(_SIDE, rows.shape[1])
-    pixels = F.adaptive_avg_pool2d(rows[None].float(), (height, width))[0]
-    most = float(pixels.max())
-    values = (pixels * (255 / most if most else 0)).round().byte().cpu().numpy().tobytes()
-    patch = "" if (height, width) == tuple(rows.shape) else f"; a pixel is the mean of a patch, the strongest {most:.0%} kept"
-    caption = f"{rows.shape[0]} outputs down, {rows.shape[1]} inputs across{patch}"
-    return {"width": width, "height": height, "values": base64.b64encode(values).decode(), "caption": caption}
+    pixels, most = picture(mask, out_dim)
+    height, width = pixels.shape
+    outputs = mask.shape[out_dim or 0] if mask.dim() > 1 else 1
+    inputs = mask.numel() // max(outputs, 1)
+    patch = "" if (height, width) == (outputs, inputs) else f"; a pixel is the mean of a patch, the strongest {most:.0%} kept"
+    values = base64.b64encode(pixels.cpu().numpy().tobytes()).decode()
+    caption = f"{outputs} outputs down, {inputs} inputs across{patch}"
+    return {"width": width, "height": height, "values": values, "caption": caption}

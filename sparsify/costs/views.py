@@ -101,7 +101,7 @@ def _view(
     return NodeView(key, key, path, op, target, tuple(inputs), tuple(names[m] for m in used), shapes, densities, macs)
 
 
-def graph_table(model: nn.Module, inputs: Any = None) -> str:
+def graph_table(model: nn.Module, inputs: Any = None) -> GraphTable:
     """Return the rewritten graph of the current mode as a table, one line per node; masked nodes start with `*`.
 
     Args:
@@ -109,7 +109,7 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
         inputs: what `flop_report` takes; adds the dense MACs of each node (in evaluation).
 
     Returns:
-        Columns: node, operation, target, weight shape, density, dense MACs.
+        Text, with the columns node, operation, target, weight shape, density, dense MACs; a notebook shows a table.
 
     Raises:
         ValueError: the model has no captured graph, or the inputs do not fit.
@@ -129,7 +129,25 @@ def graph_table(model: nn.Module, inputs: Any = None) -> str:
     for view in node_views(model, inputs):
         macs = f"{view.macs:,}" if view.macs else ""
         rows.append((f"{'* ' if view.weights else ''}{view.name}", view.op, view.target, view.shape, view.density, macs))
-    return tabulate(rows, headers=("node", "op", "target", "weight", "density", "dense MACs"), disable_numparse=True)
+    return GraphTable(rows)
+
+
+class GraphTable(str):
+    """A table of a graph: text, and as a table in a notebook."""
+
+    _rows: list[tuple[str, ...]]
+
+    def __new__(cls, rows: list[tuple[str, ...]]) -> GraphTable:
+        """Return the text of rows."""
+        result = super().__new__(cls, tabulate(rows, headers=_HEADS, disable_numparse=True))
+        result._rows = rows
+        return result
+
+    def _repr_html_(self) -> str:
+        return tabulate(self._rows, headers=_HEADS, tablefmt="html", disable_numparse=True)
+
+
+_HEADS = ("node", "op", "target", "weight", "density", "dense MACs")
 
 
 def draw_graph(model: nn.Module, path: str, inputs: Any = None) -> None:
