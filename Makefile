@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test sweep format bench training engines gpu zoo foreign study clean
+.PHONY: install demo test docs sweep format bench training engines gpu zoo foreign study clean
 
 install: $(STAMP)
 
@@ -23,6 +23,9 @@ test: install  ## the whole gate
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python tests/check_wheel.py
+
+docs: install  ## the site, build/site/index.html
+	$(BIN)/python docs/build_site.py
 
 sweep: install  ## every combination and every model that the gate samples, in about half an hour
 	$(BIN)/python -m pytest -n 2 -m sweep tests

@@ -18,6 +18,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
 model = sparsify.sparsify(model, density=0.25, method=sparsify.RigL(interval=10))
 report = sparsify.flop_report(model, (1, 16))
+report.to_html("report.html")
 assert (report.dense_macs, report.sparse_macs) == (1088, sum(model.updater.nonzeros.values())), report
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 model.updater.attach(optimizer, total_steps=100)
@@ -40,6 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(ROOT)], check=True, stdout=-3)
         (wheel,) = Path(folder).glob("sparsify_fx-*.whl")
+        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True, stdout=-3)
         # The wheel goes into a folder of its own; torch and the rest come from the environment that runs this.
         target = Path(folder) / "site"
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import torchvision
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import sparsify as package
 from sparsify import cli, flop_report, sparsify
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "reference.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAMPLES = TensorDataset(torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))
 
@@ -95,13 +98,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # lightning's own
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_everything_on_a_page_runs(page: Path, folder: Path) -> None:
-    known = names()
+def test_everything_on_a_page_runs(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A block of text after one of code is what that prints."""
+    known, printed = names(), ""
     blocks = BLOCK.findall(page.read_text())
     assert blocks
     for language, code in blocks:
         if language == "python":
+            capsys.readouterr()
             exec(compile(code, page.name, "exec"), known)
+            printed = capsys.readouterr().out
+        if language == "text":
+            assert printed == code
         for command in code.splitlines() if language == "console" else ():
             program, *arguments = shlex.split(command)
             assert program == "sparsify"
@@ -123,3 +131,16 @@ def test_readme_is_short_and_its_report_is_real() -> None:
     (report,) = [code for _, code in BLOCK.findall(text) if code.startswith("layer ")]
     for line in report.splitlines():
         assert line == "..." or line in printed, line
+
+
+def test_the_reference_names_everything() -> None:
+    """Every name that `sparsify` exports has its entry, and the site builds without a warning."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    entries = {name.rpartition(".")[2] for name in re.findall(r"\.\. auto\w+:: (\S+)", text)}
+    assert set(package.__all__) <= entries
+
+
+def test_the_site_builds_strictly() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "build_site.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "flop_report" in (ROOT / "build" / "site" / "docs" / "reference.html").read_text()
