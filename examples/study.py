@@ -155,8 +155,9 @@ def section(task: str, found: Results) -> str:
             *(judge(claim, found, task) for claim in (TIMED_CLAIMS if task == TIMED else CLAIMS)),
             f"\n## {task}: {unit}\n",
             f"![score over density](study/{task}/score-density.png)\n![score over FLOPs](study/{task}/score-flops.png)",
-            f"![score over seconds](study/{task}/score-seconds.png)" if task == TIMED else "",
-            f"![densities over time](study/{task}/densities.png)\n",
+            f"![score over seconds](study/{task}/score-seconds.png)\n"
+            if task == TIMED  # by methods that keep every layer's density
+            else f"![densities over time](study/{task}/densities.png)\n",
             table(rows, TASKS[task].metric),
         ]
     )

@@ -26,7 +26,7 @@ class _Sums:
     """What was prepared for a mask, as it was at a version."""
 
     version: int
-    kept: dict[Any, Any]  # by groups and how the weight lies
+    kept: dict[Any, Any]  # by groups and how the weight is stored
     found: dict[Any, Prepared]  # by what is computed and on which shapes
     tables: dict[Any, dict[Any, Any]]  # that sums on other shapes may share, by what is computed
 
@@ -72,16 +72,18 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
         if sums is None or sums.version != version:
             sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
         if key not in sums.found:
-            if (window.groups, last) not in sums.kept:
-                sums.kept[window.groups, last] = Kept.of(mask.numpy(), window.groups, last)
-            kept, kernel = sums.kept[window.groups, last], with_pixels(mask.shape)[2:]
-            kept = kept.alone() if alone else kept
+            if (window.groups, last, alone) not in sums.kept:
+                found = Kept.of(mask.numpy(), window.groups, last)
+                sums.kept[window.groups, last, alone] = found.alone() if alone else found
+            kept, kernel = sums.kept[window.groups, last, alone], with_pixels(mask.shape)[2:]
             tables = sums.tables.setdefault((of, window, last, alone), {})
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
             if len(tables) > _TABLES:
                 tables.clear()
             sums.found[key] = _MAKERS[of](kept, kernel, window, key[4], key[5], _machine(library), tables)
+            if {made for made, *_ in sums.found} == _MAKERS.keys():  # what they were made of takes more than they do
+                sums.kept.clear()
         return sums.found[key]
 
 

@@ -125,7 +125,7 @@ def _tables(part: Part, planes: Planes, order: Order) -> tuple[int, int, int, di
         "chunk_outputs": order.chunk_groups,
         "starts": order.starts,
         "offsets": offsets[order.order].astype(np.int32),
-        "index": part.index[own].astype(np.int32),
+        "index": part.index if own.all() else part.index[own],  # one for all sums of a layer
         "place": inverse(order.order, len(part.order))[places[own]],
     }
     widest = int(np.diff(order.chunk_groups).max())

@@ -76,9 +76,10 @@ class Kept:
         axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
         index = np.flatnonzero(mask.transpose(axes))
         found = np.unravel_index(index, [mask.shape[axis] for axis in axes])
-        outputs, inputs, rows, columns = (found[axes.index(axis)] for axis in range(4))
-        return Kept(outputs, inputs + outputs // (mask.shape[0] // groups) * mask.shape[1], rows, columns, index, mask.size)
+        outputs, inputs, rows, columns = (found[axes.index(axis)].astype(np.int32) for axis in range(4))
+        inputs = inputs + outputs // (mask.shape[0] // groups) * mask.shape[1]
+        return Kept(outputs, inputs, rows, columns, index.astype(np.int32), mask.size)
 
     def alone(self) -> "Kept":
         """Return the same weights where their values are stored alone, without any zeros between."""
-        return replace(self, index=np.arange(len(self.index)), elements=len(self.index))
+        return replace(self, index=np.arange(len(self.index), dtype=np.int32), elements=len(self.index))

@@ -55,7 +55,7 @@ def RigL(  # noqa: N802
         redistribution: None keeps every layer's count; "gradient" (RigL-SG) and "momentum" (RigL-SM) grow where the mean
             |gradient| or |moving average of the gradient| of the active weights is high (arXiv 2103.15767).
         layout: "elements"; "kernels" to drop and grow whole kernels of a convolution; "2x1" or "4x1" to let as many
-            consecutive outputs share their pattern, which sparse kernels run faster.
+            consecutive outputs share their pattern, which the kernels of `lower` run faster.
 
     Returns:
         The method's record.

@@ -37,18 +37,18 @@ struct Sum {
 struct Piece {
   int64_t image, images, row, rows, run;
 
-  Piece(const Sum &s, int64_t number) {
-    const int64_t bands = (s.rows + s.band - 1) / s.band;
-    image = number / bands * s.together;
+  // Of the sum `s`, which may have fewer rows than `first`, whose pieces are counted.
+  Piece(const Sum &s, const Sum &first, int64_t number) {
+    image = number / bands(first) * s.together;
     images = std::min(s.together, s.images - image);
-    row = number % bands * s.band;
-    rows = std::min(s.band, s.rows - row);
-    run = ((images - 1) * s.height + rows - 1) * s.pitch + s.columns;
+    row = number % bands(first) * s.band;
+    rows = std::max(std::min(s.band, s.rows - row), int64_t(0));
+    run = rows ? ((images - 1) * s.height + rows - 1) * s.pitch + s.columns : 0;
   }
 
-  static int64_t count(const Sum &s) {
-    return (s.rows + s.band - 1) / s.band * ((s.images + s.together - 1) / s.together);
-  }
+  static int64_t bands(const Sum &s) { return (s.rows + s.band - 1) / s.band; }
+
+  static int64_t count(const Sum &s) { return bands(s) * ((s.images + s.together - 1) / s.together); }
 };
 
 // Memory of a thread, which it keeps for the next call.
@@ -278,9 +278,9 @@ inline void sum(const Sum *sums, int64_t count, const float *source, float *targ
     float *planes = scratch(0, floats);
     std::fill(planes, planes + floats, 0.f);
     for (int64_t number = pieces.begin; number < pieces.end; ++number) {
-      pack(s, Piece(s, number), source, planes);
+      pack(s, Piece(s, s, number), source, planes);
       for (int64_t i = 0; i < count; ++i)
-        sum_piece(sums[i], Piece(sums[i], number), chunks_of(sums[i], thread, team), planes, target, values[i], bias);
+        sum_piece(sums[i], Piece(sums[i], s, number), chunks_of(sums[i], thread, team), planes, target, values[i], bias);
     }
   });
 }
@@ -295,7 +295,7 @@ inline void sum_gradient(const Sum &s, const float *source, const float *target,
     std::fill(planes, planes + floats, 0.f);
     found[thread].assign(s.weights, 0.f);
     for (int64_t number = pieces.begin; number < pieces.end; ++number) {
-      const Piece p(s, number);
+      const Piece p(s, s, number);
       const int64_t stride = (p.run + kLanes - 1) / kLanes * kLanes;
       pack(s, p, source, planes);
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
