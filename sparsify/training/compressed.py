@@ -71,6 +71,8 @@ def gather_state(optimizer: Optimizer, bound: Sequence[Bound]) -> None:
 def with_whole_state(optimizer: Optimizer, bound: Sequence[Bound], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return an optimizer's `state_dict` with whole tensors for what it keeps of compressed parameters."""
     masks = {b.weight: b.mask.mask for b in bound if b.mask.compressed}
+    if not masks:
+        return state_dict
     own = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     state = dict(state_dict["state"])
