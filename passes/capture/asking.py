@@ -44,7 +44,8 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
 # What torch's `checkpoint` ends in, under every name.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
 # Which hooks are set for saved tensors; torch 2.6 does not tell.
-_saving: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_saving: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 _torch_jit_isinstance = torch.jit.isinstance
 _is_casting, _casts_to = torch.is_autocast_enabled, torch.get_autocast_dtype
 _tracing = threading.local()
