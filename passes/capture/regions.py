@@ -106,9 +106,6 @@ def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str
             return
         seen.add(module)
         inside = [name for name, _ in module.named_children()]
-        if path and is_builtin(module) and not inside:  # whose graph would be one function of torch
-            leaves.append(path)
-            return
         traced = python.get(path) or _why_not(module, path) or _trace_region(module, whole - {module})
         if isinstance(traced, Region):
             regions[path] = traced
