@@ -140,6 +140,7 @@ def test_the_reference_names_everything() -> None:
     assert set(package.__all__) <= entries
 
 
+@pytest.mark.sweep  # the better part of a minute
 def test_the_site_builds_strictly() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "build_site.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

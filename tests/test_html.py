@@ -349,7 +349,7 @@ class Wide(nn.Module):
 
 
 @needs_browser
-@pytest.mark.parametrize("kind", ["vit_l_16", "faster r-cnn", "wide", "python"])
+@pytest.mark.parametrize("kind", ["vit_l_16", pytest.param("faster r-cnn", marks=pytest.mark.sweep), "wide", "python"])
 def test_large_models_are_folded(browser: Any, kind: str, tmp_path: Path) -> None:
     inputs: Any = (1, 3, 224, 224)
     if kind == "wide":
