@@ -1,6 +1,7 @@
 """Compressed parameters: the same training as with whole ones, in as much memory as is kept."""
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -65,12 +66,17 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, each: Callable[[nn.Module], Any] | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    each: Callable[[nn.Module], Any] | None = None,
+    call: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
+    """Train, calling something else than the model if it is given, and something after every backward pass."""
     for step in steps:
         optimizer.zero_grad()
         x, y = batch(step)
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy((model if call is None else call)(x), y).backward()
         if each:
             each(model)
         optimizer.step()
@@ -248,6 +254,11 @@ def test_what_is_made_of_a_compressed_model_is_as_of_a_whole_one(tmp_path: Any) 
     assert sparsify(Net(), masks=model, method="static").updater.nonzeros == model.updater.nonzeros
 
 
+def _under_autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x).float()
+
+
 @pytest.mark.filterwarnings("ignore:kernels='sparse'")
 def test_fallbacks_are_exact_too() -> None:
     """Under autocast and torch.func layers run the whole weight; growth sees its gradient there as well."""
@@ -255,13 +266,7 @@ def test_fallbacks_are_exact_too() -> None:
     for model in pair:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         model.updater.attach(optimizer, total_steps=20)
-        for step in range(5):
-            optimizer.zero_grad()
-            x, y = batch(step)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(model(x).float(), y)
-            loss.backward()
-            optimizer.step()
+        train(model, optimizer, range(5), call=functools.partial(_under_autocast, model))
     assert_same(*pair)
     model, x = made(Static()), batch(0)[0]
     found = torch.func.functional_call(model, dict(model.named_parameters()), (x,))
@@ -274,11 +279,7 @@ def test_compiled_steps() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         model.updater.attach(optimizer, total_steps=20)
         call: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if number == 0 else model
-        for step in range(7):
-            optimizer.zero_grad()
-            x, y = batch(step)
-            F.cross_entropy(call(x), y).backward()
-            optimizer.step()
+        train(model, optimizer, range(7), call=call)
     assert_same(*pair)
 
 

@@ -119,8 +119,9 @@ def _shadow(model: nn.Module, recorder: Recorder, meta: bool, hooked: bool) -> n
         memo[id(p)] = nn.Parameter(_empty(p), p.is_floating_point()) if meta else p
     for name, mask in masks_of(model).items():
         if mask.compressed:
-            whole = expand(model.get_parameter(name).detach(), mask.mask)
-            memo[id(model.get_parameter(name))] = nn.Parameter(_empty(whole) if meta else whole)
+            values = model.get_parameter(name)
+            empty = torch.empty(mask.mask.shape, dtype=values.dtype, device="meta")
+            memo[id(values)] = nn.Parameter(empty if meta else expand(values.detach(), mask.mask))
     for b in model.buffers():
         memo[id(b)] = _empty(b) if meta else b.clone()
     for module in model.modules():

@@ -75,7 +75,7 @@ def begin(mask: Tensor, gradient: Tensor | None) -> None:
     """
     computing = torch._C._current_graph_task_id() != -1  # checkpoints run forward passes within backward ones
     if not computing and (gradient is None or not gradient.any()):
-        _PENDING.pop(mask, None)
+        forget(mask)
 
 
 def forget(mask: Tensor) -> None:

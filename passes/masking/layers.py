@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ class Masked(Host):
             kept = state_dict.get(f"{key}_mask.mask", mask.mask)
             if values is not None and weight is not None and weight.shape == kept.shape == mask.mask.shape:
                 loaded = gather(weight.detach(), kept.to(weight.device))
-                values.data = torch.empty_like(loaded, dtype=values.dtype).copy_(loaded)
+                values.data = loaded.to(values.dtype)
                 state_dict |= {key: values.detach()} if key in state_dict else {}
                 mask.settle_places()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -167,6 +167,10 @@ class Mask(Guest):
             self._looked = trace_of(weight), self._written(), kept
         return self._looked[2]
 
+    def digest(self) -> int:
+        """Return one number for which weights are kept. Waits for the device."""
+        return zlib.crc32(self.mask.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+
     def settle_places(self) -> None:
         """Take the values of a compressed parameter to be those that the mask keeps when it is looked at next."""
         self._places = None, None
@@ -176,7 +180,7 @@ class Mask(Guest):
         written, before = self._places
         if torch.compiler.is_compiling() or self.mask.is_meta or written == self._written():
             return
-        digest = zlib.crc32(self.mask.contiguous().view(torch.uint8).numpy().data)
+        digest = self.digest()
         if before not in (None, digest):  # the same in another place, as `module.to` makes it, is none
             raise RuntimeError(
                 "The mask of a compressed parameter was written to: which weights its values belong to is lost. Write to masks "

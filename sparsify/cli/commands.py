@@ -83,8 +83,8 @@ def _compare(options: argparse.Namespace) -> None:
     asked = [(density, name) for density in options.density for name in options.distribution]
     reports = {}
     for density, name in progress(asked, "comparing"):
-        options.density, options.flops = density, None
-        reports[density, name] = flop_report(_make(model, name, inputs, options, verify=False), inputs)
+        own = argparse.Namespace(**{**vars(options), "density": density})
+        reports[density, name] = flop_report(_make(model, name, inputs, own, verify=False), inputs)
     print(compare(reports))
     _write_json([{**r.to_dict(), "distribution": n, "target": d} for (d, n), r in reports.items()], options.json)
 
@@ -119,10 +119,7 @@ def _bench(options: argparse.Namespace) -> None:
     model = load_model(options.model, device="cpu").eval()
     inputs = inputs_of(model, options.input)
     kernels = options.kernels if options.training else "masked"
-    options = argparse.Namespace(**{**vars(options), "kernels": kernels})
-    sparse = sparsify(
-        model, options.density, options.distribution, method="static", kernels=options.kernels, seed=options.seed
-    ).eval()
+    sparse = sparsify(model, options.density, options.distribution, method="static", kernels=kernels, seed=options.seed).eval()
     report = speed_report(
         sparse,
         inputs,

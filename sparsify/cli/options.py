@@ -69,11 +69,15 @@ def parser() -> argparse.ArgumentParser:
 def _add_sparsity(result: argparse.ArgumentParser) -> None:
     add = result.add_argument
     add("--method", default="rigl", help=f"training method, for the training cost: {', '.join(METHODS)} (default: rigl)")
-    add("--input", type=_shape, metavar="1x3x224x224", help=_INPUT)
     patterns: Any = {"nargs": "+", "default": [], "metavar": "PATTERN"}
     add("--exclude", **patterns, help="parameters that stay dense: fnmatch patterns such as 'fc.*'")
     add("--include", **patterns, help="parameters that are masked in any case: fnmatch patterns such as 'embedding.weight'")
-    add("--seed", type=int, default=0, help="of the random masks (default: 0)")
+    _add_input(result)
+
+
+def _add_input(result: argparse.ArgumentParser) -> None:
+    result.add_argument("--input", type=_shape, metavar="1x3x224x224", help=_INPUT)
+    result.add_argument("--seed", type=int, default=0, help="of the random masks (default: 0)")
 
 
 def _compare_parser() -> argparse.ArgumentParser:
@@ -89,6 +93,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     result.add_argument("--distribution", **names, help=f"of {', '.join(DISTRIBUTIONS)} (default: all)")
     _add_sparsity(result)
     result.add_argument("--json", metavar="FILE", help="write the reports as JSON")
+    result.set_defaults(flops=None)
     return result
 
 
@@ -102,12 +107,11 @@ def _bench_parser() -> argparse.ArgumentParser:
     add("model", help=_MODEL)
     add("--density", type=float, required=True, metavar="D", help="fraction of the weights to keep, in (0, 1]")
     add("--distribution", default="erk", help=f"how density is spread over layers: {', '.join(DISTRIBUTIONS)} (default: erk)")
-    add("--input", type=_shape, metavar="1x3x224x224", help=_INPUT)
+    _add_input(result)
     add("--training", action="store_true", help="measure a forward and backward pass in training instead of the lowered model")
     add("--kernels", default="auto", choices=KERNELS, help="what layers run in training (default: auto)")
     add("--backend", default="auto", choices=BACKENDS, help="how kernels are chosen (default: auto, by a model of the machine)")
     add("--repeats", type=int, default=15, metavar="N", help="how often each model is run (default: 15)")
-    add("--seed", type=int, default=0, help="of the random masks (default: 0)")
     add("--json", metavar="FILE", help="write the report as JSON")
     add("--plot", metavar="FILE", help="draw predicted and measured speed per layer into FILE (.png .svg .pdf)")
     return result

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from tabulate import tabulate
 from termcolor import colored
 from tqdm import tqdm
 
-from sparsify.costs.report import FlopReport
+from sparsify.costs.report import FlopReport, rendered
 
 Item = TypeVar("Item")
 _PATIENCE = 2.0  # seconds, after which progress is shown
@@ -32,16 +31,14 @@ def report_text(report: FlopReport) -> str:
     rows = [(_shortened(str(row[0]), max(_LEAST, longest - max(0, over))), *row[1:]) for row in rows]
     at = heads.index("density")
     shown = [(*row[:at], _coloured(row[at]), *row[at + 1 :]) for row in rows]
-    table = tabulate(shown, heads, "simple", intfmt=",", disable_numparse=[i for i, h in enumerate(heads) if h in _TEXTS])
-    return "\n".join([table, "", *summary])
+    return "\n".join([rendered(heads, shown), "", *summary])
 
 
 _SPARE = ("op", "of", "weight", "dense MACs", "kept")
-_TEXTS = ("layer", "op", "weight", "density")
 
 
 def _width(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
-    return len(tabulate(rows, heads, "simple", intfmt=",").partition("\n")[0])
+    return len(rendered(heads, rows).partition("\n")[0])
 
 
 def _shortened(name: str, most: int) -> str:

@@ -5,7 +5,7 @@ pooling and resizing stand apart, as fvcore counts them, outside every ratio.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
@@ -163,8 +163,7 @@ class FlopReport:
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
         heads, rows, summary = self.table()
-        table = tabulate(rows, headers=heads, tablefmt="html", intfmt=",", disable_numparse=[0, 1, 2, 5])
-        return f"{table}<pre>{escape(chr(10).join(summary))}</pre>"
+        return f"{rendered(heads, rows, 'html')}<pre>{escape(chr(10).join(summary))}</pre>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "source": None}
@@ -189,8 +188,7 @@ class FlopReport:
     def __str__(self) -> str:
         """Return the table that people read."""
         heads, rows, summary = self.table()
-        table = tabulate(rows, headers=heads, tablefmt="simple", intfmt=",", disable_numparse=[0, 1, 2, 5])
-        return "\n".join([table, "", *summary])
+        return "\n".join([rendered(heads, rows), "", *summary])
 
     def _summary(self) -> list[str]:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
@@ -214,6 +212,12 @@ class FlopReport:
         reasons = Counter((x.status, x.reason) for x in self.layers if x.weight_shape)
         lines += ["coverage:  " + ", ".join(f"{n} {status}{f' ({why})' * bool(why)}" for (status, why), n in reasons.items())]
         return lines
+
+
+def rendered(heads: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "simple") -> str:
+    """Return the table of a report, or some of its columns, in a style of tabulate."""
+    texts = [i for i, head in enumerate(heads) if head in ("layer", "op", "weight", "density")]
+    return tabulate(rows, headers=heads, tablefmt=style, intfmt=",", disable_numparse=texts)
 
 
 _HEAD = ("layer", "op", "weight", "kept", "of", "density", "dense MACs", "sparse MACs")

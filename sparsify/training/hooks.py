@@ -51,7 +51,8 @@ class OptimizerHooks:
         self.bound = [Bound(name, weight, mask) for name, (weight, mask) in weights.items() if weight in own]
         for b in self.bound:
             b.mask.attended = True
-        self._moved = [] if opt.keeps_zeros(self.optimizer) else list(self.bound)  # which steps may move off 0
+        self._whole = [b for b in self.bound if not b.mask.compressed]  # which have dropped weights to keep at 0
+        self._moved = [] if opt.keeps_zeros(self.optimizer) else list(self._whole)  # which steps may move off 0
         self._look_anew()
         self._mask_written()  # code that initialized weights after sparsify() did not know of masks
 
@@ -74,9 +75,9 @@ class OptimizerHooks:
 
     def _mask_written(self) -> None:
         """Mask the weights that something wrote to since the last step. Writes through `weight.data` leave no trace."""
-        traces = [trace_of(b.weight) for b in self.bound]
+        traces = [trace_of(b.weight) for b in self._whole]
         before = self._traces or [None] * len(traces)
-        _mask([b for b, trace, last in zip(self.bound, traces, before, strict=True) if trace != last])
+        _mask([b for b, trace, last in zip(self._whole, traces, before, strict=True) if trace != last])
 
     def _look(self, step: int) -> None:
         """Find weights with gradients where they are dropped, as penalties, hooks and compression give them.
@@ -86,7 +87,7 @@ class OptimizerHooks:
         updated, waits = self._updates_at(self.step), any(b.weight.device.type != "cpu" for b in self.bound)
         if self._looked and (waits or not (updated or step % _EVERY == 0)):
             return
-        unmoved = [b for b in self.bound if b not in self._moved and b.mask.density < 1 and not b.mask.compressed]
+        unmoved = [b for b in self._whole if b not in self._moved and b.mask.density < 1]
         seen = [(b, g) for b in unmoved if (g := opt.dense_gradient(self.optimizer, b.weight)) is not None and not g.is_meta]
         if not seen:
             return
@@ -101,8 +102,8 @@ class OptimizerHooks:
     def _mask_state(self) -> None:
         """Mask what the optimizer keeps. No earlier than a step: state may be loaded before the masks it belongs to."""
         gather_state(self.optimizer, self.bound)
-        for b in self.bound if not opt.stands_still(self.optimizer) else ():
-            for _, tensor in opt.state_tensors(self.optimizer, b.weight) if not b.mask.compressed else ():
+        for b in self._whole if not opt.stands_still(self.optimizer) else ():
+            for _, tensor in opt.state_tensors(self.optimizer, b.weight):
                 zero_dropped_(tensor, b.mask.mask)
 
     def _derive_dense_gradients(self) -> None:
@@ -164,7 +165,7 @@ class OptimizerHooks:
             _mask(self._moved)
             if changes:
                 self._update(step)
-        self._traces = [trace_of(b.weight) for b in self.bound]
+        self._traces = [trace_of(b.weight) for b in self._whole]
         self._fresh = False
         if changes:
             opt.forget_history(optimizer)
@@ -222,8 +223,7 @@ class OptimizerHooks:
 @torch.no_grad()
 def _mask(bound: list[Bound]) -> None:
     for b in bound:
-        if not b.mask.compressed:
-            zero_dropped_(b.weight, b.mask.mask)
+        zero_dropped_(b.weight, b.mask.mask)
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Any:

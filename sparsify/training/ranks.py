@@ -1,7 +1,6 @@
 """Ranks: the processes of distributed training hold the same masks, and are compared instead of being told every step."""
 
 import contextlib
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,8 +101,7 @@ def _facts(updater: UpdaterBase, model: nn.Module) -> dict[str, Any]:
     facts = {"the method": updater.method.name, "total_steps": updater.total_steps, "the step": updater.step}
     facts |= {"the seed": updater.seed, "the schedule": updater.method.schedule(updater.total_steps)}
     for name, mask in masks_of(model).items():
-        bits = mask.mask.detach().contiguous().view(torch.uint8).cpu().numpy()
-        facts[f"the mask of {name}"] = (mask.nonzeros, zlib.crc32(bits.data))
+        facts[f"the mask of {name}"] = (mask.nonzeros, mask.digest())
     return facts
 
 

@@ -122,16 +122,16 @@ class GraphView {
   }
 
   summary(block) {
-    let kept = 0, params = 0, macs = 0;
+    let kept = 0, params = 0;
     const visit = (id) => this.blocks[id].members.forEach((m) => {
       if (m.block !== undefined) return visit(m.block);
       for (const w of this.byId[m.node].weights) {
         const layer = this.layers[w];
-        if (layer) { kept += layer.kept; params += layer.params; macs += layer.sparse_macs; }
+        if (layer) { kept += layer.kept; params += layer.params; }
       }
     });
     visit(block);
-    return { kept, params, macs };
+    return { kept, params };
   }
 
   elements() {
