@@ -54,9 +54,16 @@ class Net(nn.Module):
         return self.head(self.twice(self.twice(x).relu()).relu())
 
 
-def made(method: Any, density: float = 0.2, compressed: bool = True) -> nn.Module:
+class Called(Net):
+    """The same layers, called by Python code that is no graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool(x.isfinite().all()) else x
+
+
+def made(method: Any, density: float = 0.2, compressed: bool = True, net: type[nn.Module] = Net) -> nn.Module:
     torch.manual_seed(0)
-    model = sparsify(Net(), None if method.layout.fixed else {"*.weight": density}, method=method, kernels="sparse")
+    model = sparsify(net(), None if method.layout.fixed else {"*.weight": density}, method=method, kernels="sparse")
     return compress(model) if compressed else model
 
 
@@ -111,9 +118,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_train_as_with_whole_parameters(method: str) -> None:
-    pair = [made(METHODS[method], compressed=c) for c in (True, False)]
+@pytest.mark.parametrize(("method", "net"), [*((method, Net) for method in METHODS), ("rigl", Called)])
+def test_methods_train_as_with_whole_parameters(method: str, net: type[nn.Module]) -> None:
+    pair = [made(METHODS[method], compressed=c, net=net) for c in (True, False)]
     for model in pair:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         model.updater.attach(optimizer, total_steps=40)
@@ -122,6 +129,9 @@ def test_methods_train_as_with_whole_parameters(method: str) -> None:
     assert_same(*pair)
     assert pair[0].updater.history == pair[1].updater.history
     assert any(mask.compressed for mask in masks_of(pair[0]).values())
+    state = pair[0].state_dict()
+    assert pair[1].load_state_dict(state).missing_keys == pair[0].load_state_dict(pair[1].state_dict()).missing_keys == []
+    torch.testing.assert_close(pair[0].eval()(batch(99)[0]), fold(pair[0]).eval()(batch(99)[0]))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

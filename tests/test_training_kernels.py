@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -23,8 +24,8 @@ from passes.kernels import cache, compiler
 from passes.kernels.norms import normalize
 from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
-from passes.masking import kernels as dispatch
-from passes.masking import norms
+from passes.masking import norms, products
+from passes.masking.mask import masks_of
 from sparsify import GMP, NM, SET, SNFS, RigL, SRigL, Static, fold, graphs, sparsify, use_kernels
 
 pytestmark = pytest.mark.skipif(compiler.native() is None, reason="there is no C++ compiler here")
@@ -256,6 +257,57 @@ def test_models_compute_the_same(make: type[nn.Module], compiled: bool) -> None:
     torch.testing.assert_close(fold(sparse).eval()(x), sparse.eval()(x))
 
 
+class Called(nn.Module):
+    """Python code that calls layers: a graph of one node each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.image, self.head = nn.Conv1d(8, 6, 3, 2, 1), nn.Conv2d(1, 4, 3, padding=(0, 1)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x.isnan().any()):
+            return x
+        return self.head(self.image(self.line(x).unsqueeze(1)).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """Products of a graph with parameters, by position and by name; and one with what is computed from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"line": (6, 8, 3), "image": (4, 1, 3, 3), "last": (5, 4, 1, 1), "head": (5, 5), "scaled": (3, 5)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(x, self.line, self.bias, 2, padding=1).unsqueeze(1)
+        x = F.conv2d(F.conv2d(x, weight=self.image, padding=(0, 1)), self.last, None, 2, 1).mean((2, 3))
+        x = F.linear(F.linear(input=x, weight=self.head), bias=None, weight=self.head)
+        return F.linear(x, self.scaled / self.scaled.norm())
+
+
+@pytest.mark.parametrize(("make", "sums"), [(Called, 3), (Functional, 5)])
+def test_whoever_multiplies(make: type[nn.Module], sums: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    masked, sparse = pair(make(), density={"*": 0.3})
+    ran: list[str] = []
+    for one in (convolve, linear):
+        monkeypatch.setattr(products, one.__name__, lambda *given, one=one: ran.append(one.__name__) or one(*given))
+    x = torch.randn(4, 8, 16)
+    for dense in (False, True):
+        for model in (masked, sparse):
+            for mask in masks_of(model).values():
+                mask.dense_gradient = dense
+            model.zero_grad()
+            model(x).square().sum().backward()
+        assert_close([p.grad for p in sparse.parameters()], [p.grad for p in masked.parameters()])
+    assert len(ran) == 2 * sums
+    assert_close([copy.deepcopy(sparse)(x), pickle.loads(pickle.dumps(sparse))(x)], [masked(x)] * 2)
+    sparse.eval()(x)
+    assert len(ran) == 4 * sums
+
+
 METHODS = [
     Static(),
     SET(interval=8),
@@ -401,7 +453,7 @@ def test_what_the_sums_do_not_take_runs_masked() -> None:
 
 
 def test_a_fallback_is_said_once() -> None:
-    dispatch._say.cache_clear()
+    products._say.cache_clear()
     model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5, kernels="sparse").double().train()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -439,6 +491,6 @@ def test_bad_choices() -> None:
 def test_auto_takes_what_pays(density: float, size: int, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparsify(nn.Sequential(nn.Linear(size, size)), {"*": density}, kernels="auto").train()
     called: list[int] = []
-    monkeypatch.setattr("passes.masking.layers.sparse_linear", lambda m, x, mask: called.append(1) or x)
+    monkeypatch.setattr("passes.masking.products.linear", lambda x, *_: called.append(1) or x)
     model(torch.randn(256, size))
     assert bool(called) == sums

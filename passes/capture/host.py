@@ -26,6 +26,13 @@ class Guest(nn.Module):
         """Return what Python code gets that reads a weight of the module; masks give the masked one."""
         return weight
 
+    def saved(self, weight: Any) -> Any:
+        """Return what a state_dict shows for a parameter of the module."""
+        return weight
+
+    def load(self, weight: nn.Parameter, state_dict: dict[str, Any], name: str) -> None:
+        """Make a parameter of the module and what a state_dict has for it fit each other, before it is loaded."""
+
 
 class Host(nn.Module):
     """Mixin: hides guests from code that goes through the children, and masks what is read of its weights while it runs."""
@@ -36,6 +43,16 @@ class Host(nn.Module):
         if reader and name in self._parameters and (mask := _mask_of(self, name)):
             return mask(value) if reader == "torch" else mask.read(value)
         return value
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, _, guest in _masked_parameters(self):
+            destination[prefix + name] = guest.saved(destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, weight, guest in _masked_parameters(self):
+            guest.load(weight, state_dict, prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children that the module had before it was made sparse; torch, which moves and saves them, gets all."""
@@ -60,6 +77,11 @@ def masked(module: nn.Module, name: str, role: str | None = None) -> Any:
 def _mask_of(module: nn.Module, name: str) -> Guest | None:
     mask = module._modules.get(f"{name}_mask")
     return mask if isinstance(mask, Guest) else None
+
+
+def _masked_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter, Guest]]:
+    found = ((name, weight, _mask_of(module, name)) for name, weight in module._parameters.items())
+    return [(name, weight, mask) for name, weight, mask in found if weight is not None and mask]
 
 
 def run_reading(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

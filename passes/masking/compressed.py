@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from passes.capture.host import Host
 from passes.kernels.compiler import native
 from passes.kernels.values import expand, gather
-from passes.masking.kernels import why_masked
-from passes.masking.layers import Masked
 from passes.masking.mask import Mask, masks_of
+from passes.masking.products import why_masked
 from passes.shards import refuse_shards
 
 _MOST = 0.5  # density, from which on values with their places take as much as the weight
@@ -101,8 +101,8 @@ def _problem(owners: list[nn.Module], mask: Mask) -> str:
     if native() is None:
         return "there are no native loops: they need a C++ compiler, pip install 'sparsify-fx[kernels]'"
     module = owners[0]
-    if not isinstance(module, Masked) or module._modules.get("weight_mask") is not mask:
-        return "code or a graph reads it"
+    if not isinstance(module, Host) or module._modules.get("weight_mask") is not mask:
+        return "code reads it under another name"
     if why := why_masked(module):
         return f"these layers train masked, since {why}"
     return "its density is 0.5 or more" if mask.density >= _MOST else ""

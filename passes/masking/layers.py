@@ -13,40 +13,15 @@ from torch import Tensor, nn
 
 from passes.capture.host import Host, container_methods, masked, run_reading
 from passes.capture.leaves import is_builtin
-from passes.kernels.values import expand, gather
-from passes.masking.kernels import sparse_convolution, sparse_linear, sparse_mask
-from passes.masking.mask import PRODUCT, Mask
+from passes.masking.mask import PRODUCT
+from passes.masking.products import sparse_layer
 
 
 class Masked(Host):
     """Mixin: a module whose own code, torch.nn's or the user's, runs on masked weights."""
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, mask in _compressed(self):
-            values = destination[prefix + name]
-            destination[prefix + name] = expand(values if keep_vars else values.detach(), mask.mask)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, mask in _compressed(self):
-            key, values = prefix + name, self._parameters[name]
-            weight = state_dict.get(key, None if values is None else expand(values.detach(), mask.mask))
-            kept = state_dict.get(f"{key}_mask.mask", mask.mask)
-            if values is not None and weight is not None and weight.shape == kept.shape == mask.mask.shape:
-                loaded = gather(weight.detach(), kept.to(weight.device))
-                values.data = loaded.to(values.dtype)
-                state_dict |= {key: values.detach()} if key in state_dict else {}
-                mask.settle_places()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _new_masked, (leaf_class(self), type(self).__name__), self.__getstate__()
-
-
-def _compressed(module: nn.Module) -> list[tuple[str, Mask]]:
-    """Return the masks of a module's compressed parameters, by their names."""
-    found = ((name, module._modules.get(f"{name}_mask")) for name in module._parameters)
-    return [(name, mask) for name, mask in found if isinstance(mask, Mask) and mask.compressed]
 
 
 def leaf_class(module: nn.Module) -> type[nn.Module]:
@@ -55,14 +30,14 @@ def leaf_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _linear(self: Any, input: Tensor) -> Tensor:
-    if (mask := sparse_mask(self, input)) is not None:
-        return sparse_linear(self, input, mask)
+    if (result := sparse_layer(self, input)) is not None:
+        return result
     return F.linear(input, masked(self, "weight", PRODUCT), masked(self, "bias"))
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
-    if (mask := sparse_mask(self, input)) is not None:
-        return sparse_convolution(self, input, mask)
+    if (result := sparse_layer(self, input)) is not None:
+        return result
     role = PRODUCT if is_builtin(self) else None  # else _conv_forward may be the user's
     return self._conv_forward(input, masked(self, "weight", role), masked(self, "bias"))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.capture.host import Guest
-from passes.kernels.values import expand, expand_in_step
+from passes.kernels.values import expand, expand_in_step, gather
 from passes.masking.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, is_plain, zero_dropped_
 from passes.shards import is_sharded, local
 
@@ -45,7 +45,7 @@ class Mask(Guest):
     """
 
     mask: Tensor
-    kernels = "masked"  # what runs the layer in training: passes.masking.kernels
+    kernels = "masked"  # what runs the layer in training: passes.masking.products
     compressed = False  # whether the parameter holds kept values alone: passes.masking.compressed
 
     def __init__(self, mask: Tensor, nonzeros: int) -> None:
@@ -136,6 +136,21 @@ class Mask(Guest):
         if self.compressed or self.training or self.dense_gradient or not self._is_kept(weight):
             return self(weight)
         return MaskTangent.apply(weight, self.mask, False)
+
+    def saved(self, weight: Tensor) -> Tensor:
+        """Return the whole of a compressed parameter."""
+        return expand(weight, self.mask) if self.compressed else weight
+
+    def load(self, weight: nn.Parameter, state_dict: dict[str, Any], name: str) -> None:
+        """Let a compressed parameter take the values that a state_dict's mask keeps, from there or from itself."""
+        if not self.compressed:
+            return
+        given = state_dict.get(name, expand(weight.detach(), self.mask))
+        kept = state_dict.get(f"{name}_mask.mask", self.mask)
+        if given.shape == kept.shape == self.mask.shape:
+            weight.data = gather(given.detach(), kept.to(given.device)).to(weight.dtype)
+            state_dict |= {name: weight.detach()} if name in state_dict else {}
+            self.settle_places()
 
     def _is_kept(self, weight: Tensor) -> bool:
         """Whether dropped weights are 0, where that is known without waiting: looked at once after every write."""

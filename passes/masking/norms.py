@@ -1,6 +1,5 @@
 """Norms: batch normalisations of a graph in training, one pass over memory with the addition and the ReLU that follow them."""
 
-import copy
 import operator
 
 import torch
@@ -17,34 +16,27 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _LEAST = 1 << 15  # numbers, from which on one pass less is worth more than some calls
 
 
-def with_whole_norms(graph: fx.Graph, module: nn.Module) -> fx.Graph:
-    """Return a graph like another one that calls batch normalisations together with what follows them.
+def join_norms_(graph: fx.Graph, module: nn.Module) -> None:
+    """Let a graph call batch normalisations together with what follows them, in place.
 
     Args:
         graph: of a model in training.
         module: whose graph it is.
-
-    Returns:
-        A copy, or the same graph if there is nothing to change.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
-    if not any(_is_norm(node, modules) for node in graph.nodes):
-        return graph
-    result = copy.deepcopy(graph)
-    for norm in [node for node in result.nodes if _is_norm(node, modules)]:
+    for norm in [node for node in graph.nodes if _is_norm(node, modules)]:
         end, other, relu = norm, None, None
         if (added := _only_user(norm)) and _adds(added) and len(norm.args[0].users) == 1:
             end, other = added, next(node for node in added.all_input_nodes if node is not norm)
         follows = _only_user(end)
         last = follows if follows and (relu := _relu_of(follows, modules)) else end
-        with result.inserting_before(end):
-            called = result.get_attr(str(norm.target))
-            activation = result.get_attr(relu) if isinstance(relu, str) else relu
-            whole = result.call_function(normalized, (called, norm.args[0], other, activation))
+        with graph.inserting_before(end):
+            called = graph.get_attr(str(norm.target))
+            activation = graph.get_attr(relu) if isinstance(relu, str) else relu
+            whole = graph.call_function(normalized, (called, norm.args[0], other, activation))
         last.replace_all_uses_with(whole)
         for node in dict.fromkeys((last, end, norm)):
-            result.erase_node(node)
-    return result
+            graph.erase_node(node)
 
 
 def _is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

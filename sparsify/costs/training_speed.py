@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.copies import copied
-from passes.masking.kernels import Choice, choice_of
-from passes.masking.layers import Masked
+from passes.capture.leaves import is_builtin
+from passes.masking.products import Choice, choice_of
 
 Call = Callable[[], Any]
 
@@ -27,7 +27,7 @@ def layer_steps(
     """Return each masked layer that has one weight, what it chooses, and its passes, dense and masked, on what it is given."""
     own = copied(model).train()
     inputs: dict[str, Tensor] = {}
-    layers = {n: m for n, m in own.named_modules() if isinstance(m, Masked) and "weight_mask" in m._modules}
+    layers = {n: m for n, m in own.named_modules() if is_builtin(m) and "weight_mask" in m._modules}
 
     def remember(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         inputs.setdefault(names[layer], given[0].detach())
