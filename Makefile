@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test docs sweep format bench training engines gpu zoo foreign study clean
+.PHONY: install demo test docs pictures sweep format bench training engines gpu zoo foreign study clean
 
 install: $(STAMP)
 
@@ -26,6 +26,9 @@ test: install  ## the whole gate
 
 docs: install  ## the site, build/site/index.html
 	$(BIN)/python docs/build_site.py
+
+pictures: install  ## those that the tutorials show, of what they write
+	$(BIN)/python docs/take_pictures.py
 
 sweep: install  ## every combination and every model that the gate samples, in about half an hour
 	$(BIN)/python -m pytest -n 2 -m sweep tests

@@ -56,12 +56,13 @@ def size(name: str) -> int:
 # The smallest model of each of torchvision's files, quantized ones apart: these run on values, the others on shapes.
 FAMILIES = [models.get_model_builder(name).__module__ for name in ZOO]
 SMALLEST = {min((n for n, f in zip(ZOO, FAMILIES, strict=True) if f == family), key=size) for family in FAMILIES}
+LARGE_TO_TRAIN = 12_000_000  # parameters
 SMALLEST -= {"mvit_v2_s", "s3d"}  # which take nothing smaller than 16 frames of 224 x 224
 
 
-def swept(names: list[str]) -> list[Any]:
+def swept(names: list[str], sampled: set[str] = SMALLEST) -> list[Any]:
     """Return names as parameters of a test that the gate runs for the smallest model of a family, `make sweep` for all."""
-    return [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.sweep) for name in names]
+    return [name if name in sampled else pytest.param(name, marks=pytest.mark.sweep) for name in names]
 
 
 def input_shape(name: str, small: bool = False) -> tuple[int, ...]:

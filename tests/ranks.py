@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from forks import SERVER
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.checkpoint.state_dict import (
@@ -42,10 +43,6 @@ from sparsify import (
 )
 from sparsify.methods.method import Method
 
-# Processes fork from a server that has imported what takes time and run nothing.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "sparsify"]
-)
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, 3, 8, 8, generator=GENERATOR)
 Y = torch.arange(12) % 10
@@ -77,7 +74,7 @@ def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """Run `function(rank, *args)` on several processes and return what each of them does."""
     with tempfile.TemporaryDirectory() as folder:
         work = functools.partial(_rank, function=function, ranks=ranks, folder=folder, args=args)
-        multiprocessing.start_processes(work, nprocs=ranks, start_method="forkserver")  # raises what a rank raises
+        multiprocessing.start_processes(work, nprocs=ranks, start_method=SERVER.get_start_method())  # raises what a rank raises
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -403,8 +400,8 @@ def train_saving(method: Method, path: Path, end: Path | None) -> tuple[dict[str
     parts = {"model": model, "optimizer": optimizer}
     saved = load_checkpoint(path, **parts)
     first = saved["step"] if saved else 0
-    model.updater.attach(optimizer, total_steps=400)
-    for step in range(first, 400):
+    model.updater.attach(optimizer, total_steps=160)
+    for step in range(first, 160):
         optimizer.zero_grad()
         index = torch.randint(12, (6,))  # of the global generator, which a checkpoint holds
         F.cross_entropy(model(X[index]), Y[index]).backward()

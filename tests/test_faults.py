@@ -2,32 +2,18 @@
 
 import os
 import random
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from forks import killed
 from test_distributed import assert_same
 from test_methods import TABLE
 from torch import multiprocessing
 
 from sparsify import load_checkpoint, load_sparse, read_sparse, save_sparse
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-
-
-def killed(function: object, args: tuple, seconds: float) -> bool:
-    """Run a function in a process and kill it after some seconds; tell whether it was still running."""
-    process = FORKSERVER.Process(target=function, args=args)
-    process.start()
-    process.join(seconds)
-    if alive := process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == (-signal.SIGKILL if alive else 0)
-    return alive
 
 
 def test_training_that_is_killed_again_and_again(tmp_path: Path) -> None:
@@ -35,12 +21,11 @@ def test_training_that_is_killed_again_and_again(tmp_path: Path) -> None:
     method, path, end = TABLE["rigl-sm"], tmp_path / "run.pt", tmp_path / "end.pt"
     whole, _ = ranks.train_saving(method, tmp_path / "whole.pt", None)
     moments, kills, done = random.Random(0), 0, 0
-    while killed(ranks.train_saving, (method, path, end), moments.uniform(0.1, 0.4) * (1 + kills / 10)):  # slow machines
+    while killed(ranks.train_saving, (method, path, end), path, moments.uniform(0, 0.3)):
         kills += 1
         saved = torch.load(path, weights_only=True)["step"] if path.exists() else 0
-        assert saved >= done
+        assert saved > done
         done = saved
-        assert kills < 100
     assert kills >= 3
     assert_same(torch.load(end, weights_only=True), whole)
 
@@ -49,7 +34,7 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path) -> None
     path, moments = tmp_path / "net.safetensors", random.Random(1)
     name = "blocks.1.conv.weight"
     for _ in range(10):
-        assert killed(ranks.save_forever, (path,), moments.uniform(0.1, 0.4) + 0.6)  # time to start in
+        assert killed(ranks.save_forever, (path,), path, moments.uniform(0, 0.3))
         weights, masks = read_sparse(path)
         assert int(masks[name].sum()) == torch.count_nonzero(weights[name])
         assert (weights["blocks.0.conv.bias"] == weights["blocks.0.conv.bias"][0]).all()  # of one moment

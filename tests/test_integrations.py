@@ -1,8 +1,9 @@
 """Lightning, the Hugging Face Trainer, Accelerate, TensorBoard: the real packages, on the hooks that anybody has."""
 
+import json
 import logging
-import subprocess
-import sys
+import os
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import python
 from models import SmallNet
 from test_updates import X, Y, assert_sparse, attached, train
 from torch import Tensor
@@ -19,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from sparsify import RigL, fold, sparsify
 from sparsify.integrations.loggers import log_sparsity
+from sparsify.integrations.model_explorer import write_for_model_explorer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own imports
@@ -191,10 +194,18 @@ def test_trainer_options(options: dict, tmp_path: Path) -> None:
     assert any(not torch.equal(m, first[n]) for n, m in model.updater.masks.items())
 
 
+def runs(example: str, *options: str, rank: int | None = None) -> str:
+    """Code that runs an example, as torchrun starts it where it has a rank."""
+    ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if rank is not None else {}
+    place = str(ROOT / "examples" / example)
+    lines = ["import os, runpy, sys", f"os.environ |= {ranks}", f"sys.argv = {[place, *options]}"]
+    lines += ["sys.path.insert(0, os.path.dirname(sys.argv[0]))", "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    return "\n".join(lines)
+
+
 def test_accelerate_example() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "accelerate_digits.py"), "--epochs", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "density 0.100, step 60 of 60" in done.stdout
+    ((printed, _),) = python([runs("accelerate_digits.py", "--epochs", "3")], os.environ)
+    assert "density 0.100, step 60 of 60" in printed
 
 
 def test_accelerate_wrappers_are_named() -> None:
@@ -208,22 +219,22 @@ def test_accelerate_wrappers_are_named() -> None:
 
 def test_ddp_example(tmp_path: Path) -> None:
     """Two CPU processes out of the box; stopped and gone on with."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "examples" / "ddp.py"),
-    ]
-    command = [*torchrun, "--epochs", "2", "--checkpoint", str(tmp_path / "run.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("rank")]
-    assert [line.split(":")[0] for line in lines] == ["rank 0 of 2", "rank 1 of 2"]
-    assert len({line.split(":")[1] for line in lines}) == 1
-    assert "step 38" in lines[0]
-    again = subprocess.run(command, capture_output=True, text=True, check=True)  # nothing is left to train
-    assert [line for line in again.stdout.splitlines() if line.startswith("rank")] == lines
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    codes = [runs("ddp.py", "--epochs", "2", "--checkpoint", str(tmp_path / "run.pt"), rank=rank) for rank in range(2)]
+    ends = []
+    for _ in range(2):  # the second time, nothing is left to train
+        printed = [text for text, _ in python(codes, os.environ | group)]
+        ends.append(sorted(line for text in printed for line in text.splitlines() if line.startswith("rank")))
+    assert [line.split(":")[0] for line in ends[0]] == ["rank 0 of 2", "rank 1 of 2"]
+    assert len({line.split(":")[1] for line in ends[0]}) == 1
+    assert "step 38" in ends[0][0]
+    assert ends[1] == ends[0]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -269,6 +280,25 @@ def test_weights_and_biases_gets_the_same_offline(tmp_path: Path, monkeypatch: p
         assert f"sparsity/density/{name}".encode() in written
         assert f"sparsity/fan-in/{name}".encode() in written
     assert len(list(tmp_path.rglob("*.png"))) == len(model.updater.masks)
+
+
+def test_model_explorer_gets_a_density_for_every_operation_with_weights(tmp_path: Path) -> None:
+    """The node data's keys are nodes of the program, which its adapter takes for identifiers of the graph named "graph"."""
+    model = sparsify(torch.nn.Sequential(SmallNet(), torch.nn.Linear(10, 4), torch.nn.TransformerEncoderLayer(4, 2, 8)), 0.3)
+    write_for_model_explorer(model, (1, 3, 8, 8), tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2")
+    results = json.loads((tmp_path / "net.json").read_text())["graph"]["results"]
+    nodes = {node.name: node for node in program.graph.nodes}
+    operations = [nodes[name] for name in results if nodes[name].op == "call_function"]
+    densities = model.updater.densities
+    assert len(operations) >= len(densities)
+    for node in operations:
+        weights = [program.graph_signature.inputs_to_parameters.get(given.name) for given in node.all_input_nodes]
+        assert results[node.name]["value"] in [densities[name] for name in weights if name in densities]
+    with pytest.raises(ValueError, match="takes a sparse model"):
+        write_for_model_explorer(SmallNet(), (1, 3, 8, 8), tmp_path / "net.pt2")
+    with pytest.raises(ValueError, match=r"by the name \.pt2, and this is 'net'"):
+        write_for_model_explorer(model, (1, 3, 8, 8), tmp_path / "net")
 
 
 def test_loggers_that_are_none() -> None:

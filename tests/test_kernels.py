@@ -3,12 +3,11 @@
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -115,15 +114,11 @@ def compiler_that_remembers(tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def environment(tmp_path: Path, compiler_that_remembers: dict[str, str]) -> dict[str, str]:
     """Of a process with a cache of its own."""
-    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(Path(compiler.__file__).parents[2])}
-    return {**os.environ, **own, **compiler_that_remembers}
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **compiler_that_remembers}
 
 
 def run(environment: dict[str, str], code: str = USE) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip(), done.stderr
+    return python([code], environment)[0]
 
 
 def libraries(environment: dict[str, str]) -> list[Path]:
@@ -199,10 +194,7 @@ def test_it_can_be_turned_off(environment: dict[str, str]) -> None:
 
 @needs_compiler
 def test_several_processes_build_at_once(environment: dict[str, str]) -> None:
-    running = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", USE], env=environment, stdout=subprocess.PIPE) for _ in range(3)
-    ]
-    assert [process.communicate()[0].strip() for process in running] == [b"native"] * 3
+    assert [used for used, _ in python([USE] * 3, environment)] == ["native"] * 3
     assert len(libraries(environment)) == 1
 
 

@@ -26,7 +26,7 @@ _SPARSIFY = {
     "methods": "checks density",
     "training": "checks density methods",
     "saving": "checks density methods training",
-    "integrations": "checks density methods training",
+    "integrations": "checks density methods training saving",
     "costs": "checks density methods training saving",
     "api": "checks density methods training saving integrations costs",
     "cli": "checks density methods training saving integrations costs api",

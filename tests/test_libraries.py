@@ -7,6 +7,7 @@ import timm
 import torch
 import transformers
 from behaviour import TOKENS, assert_same_outputs, assert_trains, half_of_torch_count
+from models import swept
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -92,7 +93,7 @@ def smallest_of_each_family() -> list[str]:
 
 
 TIMM = smallest_of_each_family()
-SAMPLED = [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.sweep) for i, name in enumerate(TIMM)]
+SAMPLED = swept(TIMM, set(TIMM[::8]))
 
 
 def test_timm_families_are_many() -> None:

@@ -188,6 +188,7 @@ def test_ablated_neurons_of_srigl_go() -> None:
 
 def test_models_in_parts_are_lowered_in_parts() -> None:
     model = ablate(give_statistics(load_model("retinanet_resnet50_fpn", device="cpu")), 0.3).eval()
+    model.transform.min_size, model.transform.max_size = (64,), 64
     images = [torch.rand(3, 64, 64)]
     lowered = lower(model, images, backend="torch")
     with torch.no_grad():

@@ -61,7 +61,7 @@ def write_plan(path: Path, model: nn.Module, x: Tensor, threads: int, machine: M
 def check(tmp_path: Path, machine: Machine, *flags: str) -> None:
     """Build the program that runs plans, and let it run some."""
     native, program, path = Path(compiler.__file__).parent / "native", tmp_path / "program", tmp_path / "plan"
-    command = [str(GXX), "-std=c++17", "-O1", "-g", "-pthread", *flags, f"-I{native}", str(SOURCE), "-o", str(program), "-ldl"]
+    command = [str(GXX), "-std=c++17", "-O0", "-g", "-pthread", *flags, f"-I{native}", str(SOURCE), "-o", str(program), "-ldl"]
     subprocess.run(command, check=True)
     for name in MODELS:
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, WHOLE, ZOO, input_shape, size, swept, training_loss
+from models import LARGE_TO_TRAIN, PARTS, SMALLEST, WHOLE, ZOO, input_shape, size, swept, training_loss
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,7 @@ from passes import trace
 from sparsify import RigL, flop_report, fold, graphs, sparsify
 from sparsify.cli import load_model
 
-LARGE_TO_TRAIN = 12_000_000  # parameters
+LARGE_IN_PARTS = 30_000_000  # parameters
 
 
 def fingerprint(model: nn.Module) -> list[object]:
@@ -33,6 +33,17 @@ def test_the_zoo_is_known() -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
+def test_every_model_is_one_graph_with_every_weight_masked(name: str) -> None:
+    model = load_model(name)
+    sparse = sparsify(model, density=0.1)
+    assert list(graphs(sparse)) == [""]
+    layers = (nn.Conv2d, nn.Conv3d, nn.Linear, nn.MultiheadAttention)
+    weights = [w for m in model.modules() if isinstance(m, layers) for w in m.parameters(recurse=False) if w.dim() > 1]
+    assert len(sparse.updater.masks) == len(weights)
+    assert abs(sum(sparse.updater.nonzeros.values()) - 0.1 * sum(w.numel() for w in weights)) <= 2 * len(weights)
+
+
+@pytest.mark.parametrize("name", swept(WHOLE))
 def test_counts_on_meta(name: str) -> None:
     model = load_model(name).eval()
     before = fingerprint(model)
@@ -93,7 +104,7 @@ def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("name", swept(ZOO))
+@pytest.mark.parametrize("name", swept(ZOO, SMALLEST - {n for n in PARTS if size(n) > LARGE_IN_PARTS}))
 def test_training_changes_only_what_it_may(name: str) -> None:
     """On values, an ordinary step and an update; on shapes, for the larger ones of a family, an update alone."""
     on_values = name not in WHOLE or (name in SMALLEST and size(name) < LARGE_TO_TRAIN)

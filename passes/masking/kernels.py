@@ -37,6 +37,7 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
         ValueError: `kernels` is none of these, or the model has no masks.
 
     Example:
+        >>> import torch
         >>> from sparsify import sparsify
         >>> use_kernels(sparsify(nn.Linear(512, 512), 0.05), "auto")(torch.randn(64, 512)).shape
         torch.Size([64, 512])
