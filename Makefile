@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test docs pictures sweep format bench training engines gpu zoo foreign study clean
+.PHONY: install demo test docs pictures oldest sweep format bench training engines gpu zoo foreign study clean
 
 install: $(STAMP)
 
@@ -29,6 +29,9 @@ docs: install  ## the site, build/site/index.html
 
 pictures: install  ## those that the tutorials show, of what they write
 	$(BIN)/python docs/take_pictures.py
+
+oldest: install  ## the wheel in an empty environment with the oldest torch that it claims to work with
+	$(BIN)/python tests/check_wheel.py --torch 2.6.0
 
 sweep: install  ## every combination and every model that the gate samples, in about half an hour
 	$(BIN)/python -m pytest -n 2 -m sweep tests

@@ -417,11 +417,11 @@ def save_forever(path: Path) -> None:
     torch.set_num_threads(1)
     model = make(RigL())
     while True:
-        save_sparse(model, path)
         with torch.no_grad():
             model.blocks[0].conv.bias.fill_(torch.rand(()).item())
             weight = model.blocks[1].conv.weight
             weight.copy_(torch.where(model.updater.masks["blocks.1.conv.weight"], torch.rand(()) + 0.1, 0))
+        save_sparse(model, path)
 
 
 def train_or_die(rank: int, method: Method, path: Path, die_at: int | None) -> dict[str, Tensor]:

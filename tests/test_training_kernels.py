@@ -97,9 +97,11 @@ def test_layers(layer: tuple[int, ...], layout: torch.memory_format, threads: in
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     try:
-        for density in (0.0, 0.1, 0.5, 1.0):
+        for density, share in ((0.0, 1), (0.1, 1), (0.5, 1), (1.0, 1), (0.3, 2), (0.3, 4)):  # of outputs, a pattern
+            if o // groups % share:
+                continue
             x, weight = torch.randn(n, c, rows, columns).contiguous(memory_format=layout), torch.randn(o, c // groups, k, k)
-            mask = torch.rand(weight.shape) < density
+            mask = (torch.rand(weight[::share].shape) < density).repeat_interleave(share, 0)
             check(x, weight, mask, window, bias=density < 1)
     finally:
         torch.set_num_threads(1)
@@ -118,8 +120,9 @@ def test_any_layer(data: Any) -> None:
     rows, columns = number(least[0], least[0] + 9), number(least[1], least[1] + 9)
     torch.manual_seed(number(0, 9))
     x, weight = torch.randn(number(1, 5), groups * number(1, 4), rows, columns), None
-    weight = torch.randn(groups * number(1, 4), x.shape[1] // groups, *kernel)
-    mask = torch.rand(weight.shape) < data.draw(st.floats(0, 1))
+    share = data.draw(st.sampled_from([1, 2, 4]))
+    weight = torch.randn(groups * share * number(1, 4), x.shape[1] // groups, *kernel)
+    mask = (torch.rand(weight[::share].shape) < data.draw(st.floats(0, 1))).repeat_interleave(share, 0)
     check(x, weight, mask, Window(stride, padding, dilation, groups), dense=data.draw(st.booleans()))
 
 

@@ -29,7 +29,7 @@ class Machine:
 
 def this_machine(library: ctypes.CDLL) -> Machine:
     """Return the machine at hand, for which a native library was compiled."""
-    tiles = {group: library.sparsify_tile(group) for group in (1, 4)}
+    tiles = {group: library.sparsify_tile(group) for group in (1, 2, 4)}
     first, second = library.sparsify_cache(1), library.sparsify_cache(2)
     return Machine(library.sparsify_lanes(), tiles, first or 32768, min(second or 1 << 20, 1 << 21))
 
@@ -186,8 +186,8 @@ def _blocks(channels: int) -> list[int]:
 
 
 def _group(mask: np.ndarray, groups: int) -> int:
-    """Return how many outputs share a pattern: four, if it is faster that all of them multiply what any of them keeps."""
+    """Return how many outputs share a pattern: several, if it is faster that all of them multiply what any of them keeps."""
     outputs = mask.shape[0] // groups
-    if outputs % 4:
-        return 1
-    return 4 if 0.65 * mask.reshape(-1, 4, mask.shape[1]).any(1).mean() < mask.mean() else 1
+    return next(
+        (n for n in (4, 2) if outputs % n == 0 and 0.65 * mask.reshape(-1, n, mask.shape[1]).any(1).mean() < mask.mean()), 1
+    )

@@ -40,13 +40,16 @@ def forward_sum(
     for size, used, s, p, d in sides:
         phases.append(sorted({(d * i - p) % s for i in range(size)}))
         places.append((np.searchsorted(phases[-1], (d * used - p) % s), (d * used - p) // s))
-    (row_phase, rows), (column_phase, columns) = places
+    order = np.flatnonzero(kept.outputs % kept.group == 0)  # those of the first output of every group, and of its others
+    first = kept.outputs[order]
+    order = order[:, None] + np.arange(kept.group) * np.bincount(kept.outputs, minlength=1)[first][:, None]
+    (row_phase, rows), (column_phase, columns) = (tuple(of[order[:, 0]] for of in place) for place in places)
     part = Part(
         target=y,
         shift=0,
-        outputs=kept.outputs,
-        inputs=kept.inputs,
-        order=np.arange(len(kept.index)),
+        outputs=first // kept.group,
+        inputs=kept.inputs[order[:, 0]],
+        order=order,
         index=kept.index,
         planes=row_phase * len(phases[1]) + column_phase,
         rows=rows,
@@ -78,7 +81,7 @@ def input_sum(
             shift=fy * x.strides[2] + fx * x.strides[3],
             outputs=kept.inputs[order],
             inputs=kept.outputs[order],
-            order=order,
+            order=order[:, None],
             index=kept.index,
             planes=np.zeros_like(order),
             rows=down[meets] // sy,

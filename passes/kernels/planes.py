@@ -21,11 +21,11 @@ class Part:
     Attributes:
         target: the shape of the part, and how it lies.
         shift: of its first number from the start of the target.
-        outputs, inputs: (kept,) int, by outputs ascending.
-        order: (kept,) int, which of all kept weights they are.
+        outputs, inputs: (patterns,) int, the group of outputs that share them and what they multiply, by groups ascending.
+        order: (patterns, group) int, which of all kept weights they are.
         index: (all kept) int, of these in the dense weight, ascending.
-        planes: (kept,) the phase of the stride of the source.
-        rows, columns: (kept,) from the output's pixel to the source's within the phase.
+        planes: (patterns,) the phase of the stride of the source.
+        rows, columns: (patterns,) from the output's pixel to the source's within the phase.
         phases: first row and column of the source that a phase has.
         stride: of the source.
         elements: of the dense weight.

@@ -31,8 +31,9 @@ class Sum(ctypes.Structure):
         *((name, _INTEGERS) for name in ("stride_rows", "stride_columns", "phases")),
         ("shifts", _TABLE),
         *((name, _INTEGERS) for name in ("above", "below", "lead", "pitch", "height", "distance")),
-        *((name, _INTEGERS) for name in ("together", "band", "tile", "blocks", "chunks", "widest", "by_chunk")),
-        *((name, _TABLE) for name in ("chunk_outputs", "starts", "offsets", "index", "place")),
+        *((name, _INTEGERS) for name in ("together", "band", "tile")),
+        *((name, _INTEGERS) for name in ("group", "blocks", "chunks", "widest", "by_chunk")),
+        *((name, _TABLE) for name in ("chunk_groups", "starts", "offsets", "index", "place")),
         *((name, _INTEGERS) for name in ("weights", "elements", "shift")),
     )
 
@@ -74,29 +75,32 @@ class Prepared:
             record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
             record.last_columns, record.shift = last or record.columns, part.shift
             record.stride_rows, record.stride_columns = stride
-            record.phases, record.weights, record.elements = len(phases), len(part.order), part.elements
+            record.phases, record.weights, record.elements = len(phases), part.order.size, part.elements
             for name in ("above", "below", "lead", "pitch", "height", "distance", "together", "band"):
                 setattr(record, name, getattr(planes, name))
             record.by_chunk = planes.pieces < threads()
+            record.group = part.order.shape[1]
+            groups = record.outputs // record.group
             record.tile, block, _ = cut(
                 machine,
                 len(part.order),
-                record.outputs,
+                groups,
                 channels,
                 height=1 + planes.above + planes.below,
                 flat=planes.run,
                 pitch=planes.pitch,
                 blocked=part.blocked,
+                group=record.group,
                 miss=1.2,
             )
             chunks = 4 * threads() if record.by_chunk else 1
             most = 1 << 15
             if gradient:
                 chunks = max(chunks, record.outputs * planes.run * 16 // machine.next_cache)
-                most = machine.next_cache // 256 * -(-channels // block)
+                most = machine.next_cache // (256 * record.group) * -(-channels // block)
             key = (number, planes.lead, planes.pitch, planes.distance, block, most, chunks, gradient)
             if key not in tables:
-                order = order_of(part.outputs, part.inputs, record.outputs, block, most, chunks)
+                order = order_of(part.outputs, part.inputs, groups, block, most, chunks)
                 tables[key] = _tables(part, planes, order)
             self._tables.append(tables[key])
             record.blocks, record.chunks, record.widest, own = tables[key]
@@ -115,18 +119,19 @@ class Prepared:
 
 
 def _tables(part: Part, planes: Planes, order: Order) -> tuple[int, int, int, dict[str, np.ndarray]]:
-    """Return blocks, chunks and the most outputs of a chunk, and the tables of a sum over planes that lie like this."""
-    places = inverse(part.order, len(part.index))
+    """Return blocks, chunks and the most groups of a chunk, and the tables of a sum over planes that lie like this."""
+    places, group = inverse(part.order.ravel(), len(part.index)), part.order.shape[1]
     own = places >= 0
+    pattern, member = np.divmod(places[own], group)
     plane = part.inputs * len(part.phases) + part.planes
     offsets = plane * planes.distance + planes.lead + part.rows * planes.pitch + part.columns
     found = {
         "shifts": np.array(part.phases, np.int32),
-        "chunk_outputs": order.chunk_groups,
+        "chunk_groups": order.chunk_groups,
         "starts": order.starts,
         "offsets": offsets[order.order].astype(np.int32),
         "index": part.index if own.all() else part.index[own],  # one for all sums of a layer
-        "place": inverse(order.order, len(part.order))[places[own]],
+        "place": (inverse(order.order, len(part.order))[pattern] * group + member).astype(np.int32),
     }
     widest = int(np.diff(order.chunk_groups).max())
     return order.blocks, len(order.chunk_groups) - 1, widest, {k: np.ascontiguousarray(v) for k, v in found.items()}

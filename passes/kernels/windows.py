@@ -54,6 +54,7 @@ class Kept:
         rows, columns: of the kernel.
         index: in the weight as it is stored, ascending, as outputs do.
         elements: of that.
+        group: consecutive outputs that share a pattern: 4, 2 or 1.
     """
 
     outputs: np.ndarray
@@ -62,6 +63,7 @@ class Kept:
     columns: np.ndarray
     index: np.ndarray
     elements: int
+    group: int
 
     @staticmethod
     def of(mask: np.ndarray, groups: int, last: bool) -> "Kept":
@@ -78,8 +80,18 @@ class Kept:
         found = np.unravel_index(index, [mask.shape[axis] for axis in axes])
         outputs, inputs, rows, columns = (found[axes.index(axis)].astype(np.int32) for axis in range(4))
         inputs = inputs + outputs // (mask.shape[0] // groups) * mask.shape[1]
-        return Kept(outputs, inputs, rows, columns, index.astype(np.int32), mask.size)
+        return Kept(outputs, inputs, rows, columns, index.astype(np.int32), mask.size, _sharing(mask, groups))
 
     def alone(self) -> "Kept":
         """Return the same weights where their values are stored alone, without any zeros between."""
         return replace(self, index=np.arange(len(self.index), dtype=np.int32), elements=len(self.index))
+
+
+def _sharing(mask: np.ndarray, groups: int) -> int:
+    """Return how many consecutive outputs share a pattern, wherever one looks."""
+    outputs, rows = mask.shape[0] // groups, mask.reshape(mask.shape[0], -1)
+
+    def shared(rows: np.ndarray, count: int) -> bool:
+        return all((rows[0::count] == rows[other::count]).all() for other in range(1, count))
+
+    return next((n for n in (4, 2) if outputs % n == 0 and shared(rows[:64], n) and shared(rows, n)), 1)

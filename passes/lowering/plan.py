@@ -187,7 +187,7 @@ class _Planner:
         single = lying.distance == 1  # planes are one pixel
         work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=single)
         dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
-        kernel = "dots" if single else {1: "sparse", 4: "shared"}[work.group]
+        kernel = "dots" if single else "sparse" if work.group == 1 else "shared"
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
         kept = kept_weights(weight, self._values, mask, work.group)
         order = order_of(

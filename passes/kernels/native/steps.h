@@ -33,7 +33,7 @@ struct Step {
   const int32_t *boxes;   // [channels][4] first and last + 1 row, and column, that are read; others are 0
   int64_t source_rows, source_columns, source_pitch;
   const int32_t *window;  // [8] kernel, stride, padding and dilation of rows, then of columns
-  // Convolutions: sums over kept weights. `group` outputs, 1 or 4, that share a pattern follow each other in target and bias.
+  // Convolutions: sums over kept weights. `group` outputs, 1, 2 or 4, that share a pattern follow each other in target and bias.
   int64_t group, blocks, chunks;
   const int32_t *chunk_groups;  // [chunks + 1] first group
   const int32_t *starts;        // chunk by chunk, block by block, group by group: where its weights start

@@ -23,13 +23,13 @@ struct Sum {
   int64_t lead, pitch, height, distance;  // floats before the first pixel; to the next row; rows to the next image; plane
   int64_t together, band;                 // images of a piece; rows of a piece, all where it is several images
   int64_t tile;                           // vectors of positions
-  int64_t blocks, chunks, widest;         // of input channels; of outputs, with at most so many
+  int64_t group, blocks, chunks, widest;  // outputs that share a pattern; blocks of inputs; chunks of groups, of at most so many
   int64_t by_chunk;                       // threads take chunks of all pieces, not pieces
-  const int32_t *chunk_outputs;           // [chunks + 1] first output
-  const int32_t *starts;                  // chunk by chunk, block by block, output by output: where its weights start
-  const int32_t *offsets;                 // [weights] of the pixel that a weight multiplies, in the planes
+  const int32_t *chunk_groups;            // [chunks + 1] first group
+  const int32_t *starts;                  // chunk by chunk, block by block, group by group: where its weights start
+  const int32_t *offsets;                 // [weights / group] of the pixel that a group's weights multiply, in the planes
   const int32_t *index;                   // [weights] of their numbers in the dense weight, ascending
-  const int32_t *place;                   // [weights] where each of these is in the order of `offsets`
+  const int32_t *place;                   // [weights] where each of these is in the order of `offsets`, group by group
   int64_t weights, elements;              // kept, and in the dense weight
   int64_t shift;                          // floats before the first of the target
 };
@@ -158,74 +158,93 @@ void exchange(const Sum &s, const Piece &p, float *target, float *tile, int64_t 
 }
 
 // Add up what the weights of a block give to a tile.
-template <int Size>
+template <int Group, int Size>
 void sum_tile(const float *pixels, float *tile, int64_t stride, const float *values, const float *bias, const int32_t *start,
-              const int32_t *offsets, int64_t outputs, bool first) {
-  constexpr int turns = Size < 3 ? 4 : Size < 6 ? 2 : 1;  // few sums wait for each other: so many sets of them
-  for (int64_t o = 0; o < outputs; ++o, ++start, tile += stride) {
+              const int32_t *offsets, int64_t groups, bool first) {
+  constexpr int turns = Group * Size < 3 ? 4 : Group * Size < 6 ? 2 : 1;  // few sums wait for each other: so many sets of them
+  for (int64_t g = 0; g < groups; ++g, ++start, tile += Group * stride) {
     if (!first && start[0] == start[1]) continue;
-    Sums<1, Size> sums[turns] = {};
-    UNROLLED for (int v = 0; v < Size; ++v)
-      sums[0].values[0][v] = first ? splat(bias ? bias[o] : 0.f) : load(tile + v * kLanes);
+    Sums<Group, Size> sums[turns] = {};
+    UNROLLED for (int r = 0; r < Group; ++r) {
+      UNROLLED for (int v = 0; v < Size; ++v)
+        sums[0].values[r][v] = first ? splat(bias ? bias[g * Group + r] : 0.f) : load(tile + r * stride + v * kLanes);
+    }
     int32_t k = start[0];
     for (; k + turns <= start[1]; k += turns) {
-      UNROLLED for (int i = 0; i < turns; ++i) sums[i].add(values + k + i, pixels + offsets[k + i]);
+      UNROLLED for (int i = 0; i < turns; ++i) sums[i].add(values + (k + i) * Group, pixels + offsets[k + i]);
     }
     if constexpr (turns > 1)
-      for (; k < start[1]; ++k) sums[0].add(values + k, pixels + offsets[k]);
-    UNROLLED for (int v = 0; v < Size; ++v) {
-      UNROLLED for (int i = 1; i < turns; ++i) sums[0].values[0][v] += sums[i].values[0][v];
-      store(tile + v * kLanes, sums[0].values[0][v]);
+      for (; k < start[1]; ++k) sums[0].add(values + k * Group, pixels + offsets[k]);
+    UNROLLED for (int r = 0; r < Group; ++r) {
+      UNROLLED for (int v = 0; v < Size; ++v) {
+        UNROLLED for (int i = 1; i < turns; ++i) sums[0].values[r][v] += sums[i].values[r][v];
+        store(tile + r * stride + v * kLanes, sums[0].values[r][v]);
+      }
     }
   }
 }
 
-// The products of `Weights` runs of the source with one of the target's gradient, lane by lane.
-template <int Size, int Weights>
-std::array<Vector, Weights> products(const Vector *gradient, const float *pixels, const int32_t *offsets) {
-  std::array<Vector, Weights> even = {}, odd = {};
+// The products of `Weights` runs of the source with those of the gradients of a group's outputs, lane by lane.
+template <int Group, int Size, int Weights>
+std::array<Vector, Weights * Group> products(const Vector (*gradients)[Size], const float *pixels, const int32_t *offsets) {
+  std::array<Vector, Weights * Group> even = {}, odd = {};
   UNROLLED for (int v = 0; v < Size; ++v) {
-    UNROLLED for (int w = 0; w < Weights; ++w)
-      (v % 2 ? odd : even)[w] += gradient[v] * load(pixels + offsets[w] + v * kLanes);
+    UNROLLED for (int w = 0; w < Weights; ++w) {
+      const Vector x = load(pixels + offsets[w] + v * kLanes);
+      UNROLLED for (int r = 0; r < Group; ++r) (v % 2 ? odd : even)[w * Group + r] += gradients[r][v] * x;
+    }
   }
-  UNROLLED for (int w = 0; w < Weights; ++w) even[w] += odd[w];
+  UNROLLED for (int i = 0; i < Weights * Group; ++i) even[i] += odd[i];
   return even;
 }
 
 // For every weight of a block, add the products of a tile: lane by lane to `partial`, or all together to `found` without one.
-template <int Size>
+template <int Group, int Size>
 void gradient_tile(const float *pixels, const float *tile, int64_t stride, float *partial, float *found, const int32_t *start,
-                   const int32_t *offsets, int64_t outputs) {
-  constexpr int turns = 4;
+                   const int32_t *offsets, int64_t groups) {
+  constexpr int turns = 4 / Group;
   const int32_t base = start[0];
-  for (int64_t o = 0; o < outputs; ++o, ++start, tile += stride) {
-    Vector gradient[Size];
-    UNROLLED for (int v = 0; v < Size; ++v) gradient[v] = load(tile + v * kLanes);
+  for (int64_t g = 0; g < groups; ++g, ++start, tile += Group * stride) {
+    Vector gradients[Group][Size];
+    UNROLLED for (int r = 0; r < Group; ++r) {
+      UNROLLED for (int v = 0; v < Size; ++v) gradients[r][v] = load(tile + r * stride + v * kLanes);
+    }
     const auto add = [&](int32_t k, const auto &sums) {
-      UNROLLED for (size_t w = 0; w < sums.size(); ++w) {
-        float *to = partial + (k - base + w) * kLanes;
+      UNROLLED for (size_t i = 0; i < sums.size(); ++i) {
+        const int64_t place = (k - base) * Group + i;
+        float *to = partial + place * kLanes;
         if (partial)
-          store(to, load(to) + sums[w]);
+          store(to, load(to) + sums[i]);
         else
-          found[k - base + w] += across(sums[w]);
+          found[place] += across(sums[i]);
       }
     };
     int32_t k = start[0];
-    for (; k + turns <= start[1]; k += turns) add(k, products<Size, turns>(gradient, pixels, offsets + k));
-    for (; k < start[1]; ++k) add(k, products<Size, 1>(gradient, pixels, offsets + k));
+    for (; k + turns <= start[1]; k += turns) add(k, products<Group, Size, turns>(gradients, pixels, offsets + k));
+    if constexpr (turns > 1)
+      for (; k < start[1]; ++k) add(k, products<Group, Size, 1>(gradients, pixels, offsets + k));
   }
 }
 
-template <int... Sizes>
+template <int Group, int... Sizes>
 constexpr auto sum_tiles(std::integer_sequence<int, Sizes...>) {
-  return std::array{sum_tile<Sizes + 1>...};
+  return std::array{sum_tile<Group, Sizes + 1>...};
 }
-template <int... Sizes>
+template <int Group, int... Sizes>
 constexpr auto gradient_tiles(std::integer_sequence<int, Sizes...>) {
-  return std::array{gradient_tile<Sizes + 1>...};
+  return std::array{gradient_tile<Group, Sizes + 1>...};
 }
-constexpr auto kSumTiles = sum_tiles(std::make_integer_sequence<int, tile_size(1)>());
-constexpr auto kGradientTiles = gradient_tiles(std::make_integer_sequence<int, tile_size(1)>());
+template <int Group>
+constexpr auto kSumTiles = sum_tiles<Group>(std::make_integer_sequence<int, tile_size(Group)>());
+template <int Group>
+constexpr auto kGradientTiles = gradient_tiles<Group>(std::make_integer_sequence<int, tile_size(Group)>());
+
+inline auto sum_tile_of(const Sum &s, int64_t size) {
+  return s.group == 4 ? kSumTiles<4>[size - 1] : s.group == 2 ? kSumTiles<2>[size - 1] : kSumTiles<1>[size - 1];
+}
+inline auto gradient_tile_of(const Sum &s, int64_t size) {
+  return s.group == 4 ? kGradientTiles<4>[size - 1] : s.group == 2 ? kGradientTiles<2>[size - 1] : kGradientTiles<1>[size - 1];
+}
 
 // What a thread does is the same in every call with as many threads, so that results are the same to the bit.
 struct Range {
@@ -252,16 +271,16 @@ inline std::vector<float> values_of(const Sum &s, const float *weight, int32_t t
 inline void sum_piece(const Sum &s, const Piece &p, const Range &chunks, const float *planes, float *target,
                       const std::vector<float> &values, const float *bias) {
   const int64_t stride = s.tile * kLanes;
-  float *tile = scratch(1, s.widest * stride);
+  float *tile = scratch(1, s.widest * s.group * stride);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t first = s.chunk_outputs[chunk], outputs = s.chunk_outputs[chunk + 1] - first;
+    const int64_t first = s.chunk_groups[chunk], groups = s.chunk_groups[chunk + 1] - first, output = first * s.group;
     for (int64_t at = 0; at < p.run; at += stride) {
       const int64_t end = std::min(at + stride, p.run), size = (end - at + kLanes - 1) / kLanes;
       const int32_t *start = s.starts + first * s.blocks;
-      for (int64_t b = 0; b < s.blocks; ++b, start += outputs)
-        kSumTiles[size - 1](planes + at, tile, stride, values.data(), bias ? bias + first : nullptr, start, s.offsets, outputs,
-                            b == 0);
-      exchange<true>(s, p, target + s.shift + first * s.target_channel, tile, stride, outputs, at, end);
+      for (int64_t b = 0; b < s.blocks; ++b, start += groups)
+        sum_tile_of(s, size)(planes + at, tile, stride, values.data(), bias ? bias + output : nullptr, start, s.offsets, groups,
+                             b == 0);
+      exchange<true>(s, p, target + s.shift + output * s.target_channel, tile, stride, groups * s.group, at, end);
     }
   }
 }
@@ -299,20 +318,20 @@ inline void sum_gradient(const Sum &s, const float *source, const float *target,
       const int64_t stride = (p.run + kLanes - 1) / kLanes * kLanes;
       pack(s, p, source, planes);
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        const int64_t first = s.chunk_outputs[chunk], outputs = s.chunk_outputs[chunk + 1] - first;
+        const int64_t first = s.chunk_groups[chunk], groups = s.chunk_groups[chunk + 1] - first, outputs = groups * s.group;
         float *gradients = scratch(1, outputs * stride);
         std::fill(gradients, gradients + outputs * stride, 0.f);
         for (int64_t at = 0; at < p.run; at += step)
-          exchange<false>(s, p, const_cast<float *>(target) + first * s.target_channel, gradients + at, stride, outputs, at,
-                          std::min(at + step, p.run));
+          exchange<false>(s, p, const_cast<float *>(target) + first * s.group * s.target_channel, gradients + at, stride, outputs,
+                          at, std::min(at + step, p.run));
         const int32_t *start = s.starts + first * s.blocks;
-        for (int64_t b = 0; b < s.blocks; ++b, start += outputs) {
-          const int64_t base = start[0], lanes = (start[outputs] - base) * kLanes;
+        for (int64_t b = 0; b < s.blocks; ++b, start += groups) {
+          const int64_t base = start[0] * s.group, lanes = (start[groups] * s.group - base) * kLanes;
           float *own = found[thread].data() + base, *partial = stride > step ? scratch(2, lanes) : nullptr;
           if (partial) std::fill(partial, partial + lanes, 0.f);
           for (int64_t at = 0; at < stride; at += step)
-            kGradientTiles[std::min(step, stride - at) / kLanes - 1](planes + at, gradients + at, stride, partial, own, start,
-                                                                    s.offsets, outputs);
+            gradient_tile_of(s, std::min(step, stride - at) / kLanes)(planes + at, gradients + at, stride, partial, own, start,
+                                                                      s.offsets, groups);
           for (int64_t k = 0; partial && k < lanes / kLanes; ++k) own[k] += across(load(partial + k * kLanes));
         }
       }
