@@ -90,7 +90,6 @@ class Prepared:
                 flat=planes.run,
                 pitch=planes.pitch,
                 blocked=part.blocked,
-                group=record.group,
                 miss=1.2,
             )
             chunks = 4 * threads() if record.by_chunk else 1

@@ -185,31 +185,39 @@ void sum_tile(const float *pixels, float *tile, int64_t stride, const float *val
 }
 
 // The products of `Weights` runs of the source with those of the gradients of a group's outputs, lane by lane.
-template <int Group, int Size, int Weights>
-std::array<Vector, Weights * Group> products(const Vector (*gradients)[Size], const float *pixels, const int32_t *offsets) {
-  std::array<Vector, Weights * Group> even = {}, odd = {};
-  UNROLLED for (int v = 0; v < Size; ++v) {
+template <int Group, int Weights>
+std::array<Vector, Weights * Group> products(const float *gradients, int64_t stride, int64_t size, const float *pixels,
+                                             const int32_t *offsets) {
+  constexpr int sums = Weights * Group, turns = sums < 8 ? 8 / sums : 1;  // few sums wait for each other: so many sets of them
+  std::array<Vector, sums> found[turns] = {};
+  const auto add = [&](std::array<Vector, sums> &own, int64_t at) {
+    Vector gradient[Group];
+    UNROLLED for (int r = 0; r < Group; ++r) gradient[r] = load(gradients + r * stride + at);
     UNROLLED for (int w = 0; w < Weights; ++w) {
-      const Vector x = load(pixels + offsets[w] + v * kLanes);
-      UNROLLED for (int r = 0; r < Group; ++r) (v % 2 ? odd : even)[w * Group + r] += gradients[r][v] * x;
+      const Vector x = load(pixels + offsets[w] + at);
+      UNROLLED for (int r = 0; r < Group; ++r) own[w * Group + r] += gradient[r] * x;
     }
+  };
+  int64_t v = 0;
+  for (; v + turns <= size; v += turns) {
+    UNROLLED for (int i = 0; i < turns; ++i) add(found[i], (v + i) * kLanes);
   }
-  UNROLLED for (int i = 0; i < Weights * Group; ++i) even[i] += odd[i];
-  return even;
+  for (; turns > 1 && v < size; ++v) add(found[0], v * kLanes);
+  UNROLLED for (int i = 1; i < turns; ++i) {
+    UNROLLED for (int w = 0; w < sums; ++w) found[0][w] += found[i][w];
+  }
+  return found[0];
 }
 
 // For every weight of a block, add the products of a tile: lane by lane to `partial`, or all together to `found` without one.
-template <int Group, int Size>
-void gradient_tile(const float *pixels, const float *tile, int64_t stride, float *partial, float *found, const int32_t *start,
-                   const int32_t *offsets, int64_t groups) {
-  constexpr int turns = 4 / Group;
+template <int Group>
+void gradient_tile_of(const float *pixels, const float *tile, int64_t stride, int64_t size, float *partial, float *found,
+                      const int32_t *start, const int32_t *offsets, int64_t groups) {
   const int32_t base = start[0];
   for (int64_t g = 0; g < groups; ++g, ++start, tile += Group * stride) {
-    Vector gradients[Group][Size];
-    UNROLLED for (int r = 0; r < Group; ++r) {
-      UNROLLED for (int v = 0; v < Size; ++v) gradients[r][v] = load(tile + r * stride + v * kLanes);
-    }
-    const auto add = [&](int32_t k, const auto &sums) {
+    int32_t k = start[0];
+    const auto add = [&](auto weights) {
+      const auto sums = products<Group, weights>(tile, stride, size, pixels, offsets + k);
       UNROLLED for (size_t i = 0; i < sums.size(); ++i) {
         const int64_t place = (k - base) * Group + i;
         float *to = partial + place * kLanes;
@@ -218,11 +226,15 @@ void gradient_tile(const float *pixels, const float *tile, int64_t stride, float
         else
           found[place] += across(sums[i]);
       }
+      k += weights;
     };
-    int32_t k = start[0];
-    for (; k + turns <= start[1]; k += turns) add(k, products<Group, Size, turns>(gradients, pixels, offsets + k));
-    if constexpr (turns > 1)
-      for (; k < start[1]; ++k) add(k, products<Group, Size, 1>(gradients, pixels, offsets + k));
+    constexpr int most = 8 / Group;
+    while (k + most <= start[1]) add(std::integral_constant<int, most>());
+    if constexpr (most > 4)
+      if (k + 4 <= start[1]) add(std::integral_constant<int, 4>());
+    if constexpr (most > 2)
+      if (k + 2 <= start[1]) add(std::integral_constant<int, 2>());
+    if (k < start[1]) add(std::integral_constant<int, 1>());
   }
 }
 
@@ -230,20 +242,11 @@ template <int Group, int... Sizes>
 constexpr auto sum_tiles(std::integer_sequence<int, Sizes...>) {
   return std::array{sum_tile<Group, Sizes + 1>...};
 }
-template <int Group, int... Sizes>
-constexpr auto gradient_tiles(std::integer_sequence<int, Sizes...>) {
-  return std::array{gradient_tile<Group, Sizes + 1>...};
-}
 template <int Group>
 constexpr auto kSumTiles = sum_tiles<Group>(std::make_integer_sequence<int, tile_size(Group)>());
-template <int Group>
-constexpr auto kGradientTiles = gradient_tiles<Group>(std::make_integer_sequence<int, tile_size(Group)>());
 
 inline auto sum_tile_of(const Sum &s, int64_t size) {
   return s.group == 4 ? kSumTiles<4>[size - 1] : s.group == 2 ? kSumTiles<2>[size - 1] : kSumTiles<1>[size - 1];
-}
-inline auto gradient_tile_of(const Sum &s, int64_t size) {
-  return s.group == 4 ? kGradientTiles<4>[size - 1] : s.group == 2 ? kGradientTiles<2>[size - 1] : kGradientTiles<1>[size - 1];
 }
 
 // What a thread does is the same in every call with as many threads, so that results are the same to the bit.
@@ -270,7 +273,7 @@ inline std::vector<float> values_of(const Sum &s, const float *weight, int32_t t
 // The sums of a piece whose planes are there.
 inline void sum_piece(const Sum &s, const Piece &p, const Range &chunks, const float *planes, float *target,
                       const std::vector<float> &values, const float *bias) {
-  const int64_t stride = s.tile * kLanes;
+  const int64_t stride = s.tile * kLanes, most = tile_size(static_cast<int>(s.group));
   float *tile = scratch(1, s.widest * s.group * stride);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const int64_t first = s.chunk_groups[chunk], groups = s.chunk_groups[chunk + 1] - first, output = first * s.group;
@@ -278,8 +281,9 @@ inline void sum_piece(const Sum &s, const Piece &p, const Range &chunks, const f
       const int64_t end = std::min(at + stride, p.run), size = (end - at + kLanes - 1) / kLanes;
       const int32_t *start = s.starts + first * s.blocks;
       for (int64_t b = 0; b < s.blocks; ++b, start += groups)
-        sum_tile_of(s, size)(planes + at, tile, stride, values.data(), bias ? bias + output : nullptr, start, s.offsets, groups,
-                             b == 0);
+        for (int64_t v = 0; v < size; v += most)
+          sum_tile_of(s, std::min(most, size - v))(planes + at + v * kLanes, tile + v * kLanes, stride, values.data(),
+                                                   bias ? bias + output : nullptr, start, s.offsets, groups, b == 0);
       exchange<true>(s, p, target + s.shift + output * s.target_channel, tile, stride, groups * s.group, at, end);
     }
   }
@@ -325,13 +329,14 @@ inline void sum_gradient(const Sum &s, const float *source, const float *target,
           exchange<false>(s, p, const_cast<float *>(target) + first * s.group * s.target_channel, gradients + at, stride, outputs,
                           at, std::min(at + step, p.run));
         const int32_t *start = s.starts + first * s.blocks;
+        const auto gradient_tile = s.group == 4 ? gradient_tile_of<4> : s.group == 2 ? gradient_tile_of<2> : gradient_tile_of<1>;
         for (int64_t b = 0; b < s.blocks; ++b, start += groups) {
           const int64_t base = start[0] * s.group, lanes = (start[groups] * s.group - base) * kLanes;
           float *own = found[thread].data() + base, *partial = stride > step ? scratch(2, lanes) : nullptr;
           if (partial) std::fill(partial, partial + lanes, 0.f);
           for (int64_t at = 0; at < stride; at += step)
-            gradient_tile_of(s, std::min(step, stride - at) / kLanes)(planes + at, gradients + at, stride, partial, own, start,
-                                                                      s.offsets, groups);
+            gradient_tile(planes + at, gradients + at, stride, std::min(step, stride - at) / kLanes, partial, own, start,
+                          s.offsets, groups);
           for (int64_t k = 0; partial && k < lanes / kLanes; ++k) own[k] += across(load(partial + k * kLanes));
         }
       }
