@@ -37,7 +37,7 @@ from networks import WideResNet22  # noqa: E402
 
 VENV = HERE.parent / ".venv-deepsparse"
 RESULTS = HERE / "RESULTS.md"
-HEADING = "## Inference: lowered models against engines"
+HEADING = "## Inference: lowered models against engines"  # a section for each kind of vectors
 PAUSE = 0.03  # seconds, in which threads of the engine before stop spinning
 LEAST = 3  # rounds
 SLOW = 0.5  # seconds, beside which a first run matters little
@@ -230,10 +230,11 @@ def _report(rows: list[tuple[str, dict[str, tuple[float, float]]]], seconds: flo
     """Print the rows so far, and write them into RESULTS.md."""
     facts = f"{processor()}, {torch.get_num_threads()} threads, {seconds:g} s a row, torch {torch.__version__}, "
     facts += f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}"
-    text = f"{HEADING}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
+    heading = f"{HEADING}, {torch.backends.cpu.get_cpu_capability()}"
+    text = f"{heading}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
     print(text)
     if write:
-        write_section(RESULTS, HEADING, text)
+        write_section(RESULTS, heading, text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from passes.capture.regions import Capture, trace
 from passes.capture.verify import faithful_capture
 from passes.counting.inputs import forward_values
 from passes.counting.tally import tally
+from passes.lowering.segment import refuse_lowered
 from passes.masking.fold import unmask_
 from passes.masking.kernels import KERNELS, use_kernels
 from passes.masking.mask import Mask, zero_dropped_weights_
@@ -105,6 +106,7 @@ def sparsify(
         (161, True)
     """
     checks.check_model(model)
+    refuse_lowered(model, "sparsify")
     distribution = checks.resolve(distribution, DISTRIBUTIONS, "distribution", callable)
     method = checks.resolve(method, METHODS, "method", lambda choice: isinstance(choice, Method))
     checks.check_budget(density, flops, inputs, _fixed_by(method, masks, flops))

@@ -269,6 +269,22 @@ def _under_autocast(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).float()
 
 
+def test_losses_that_are_kept_hinder_nothing() -> None:
+    """A graph holds the node that takes a parameter's gradient, and that remembers a shape; counts vary here besides."""
+    model = sparsify(Net(), {"*.weight": 0.2}, method=RigL(interval=2, redistribution="gradient"), kernels="sparse")
+    losses = []
+    for change in (lambda m: m, compress, decompress):
+        optimizer = torch.optim.SGD(change(model).parameters(), lr=0.05)
+        model.updater.attach(optimizer, total_steps=20)
+        for step in range(5):
+            optimizer.zero_grad()
+            x, y = batch(step)
+            losses.append(F.cross_entropy(model(x), y))
+            losses[-1].backward()
+            optimizer.step()
+        model.updater.detach()
+
+
 @pytest.mark.filterwarnings("ignore:kernels='sparse'")
 def test_fallbacks_are_exact_too() -> None:
     """Under autocast and torch.func layers run the whole weight; growth sees its gradient there as well."""

@@ -64,6 +64,18 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
     assert (tmp_path / "r.html").stat().st_size < 1_000_000
 
 
+def test_the_run_so_far_is_what_its_steps_have_cost(tmp_path: Path) -> None:
+    """By hand: steps 3 and 6 had dense gradients of weights, a third of a step, and the others sparse ones."""
+    model = trained(RigL(interval=3), steps=7)
+    report = flop_report(model, X)
+    report.to_html(str(tmp_path / "r.html"))
+    history, ratio = content_of(tmp_path / "r.html")["history"], report.inference_ratio
+    assert history["steps"] == [0, 3, 6, 7]
+    dense = [len([at for at in (3, 6) if at <= step]) for step in (3, 6, 7)]
+    expected = [ratio + (1 - ratio) / 3 * count / step for step, count in zip((3, 6, 7), dense, strict=True)]
+    assert history["training_ratio"] == [None, *map(pytest.approx, expected)]
+
+
 CHANGES = {
     "rigl": (RigL(interval=3), True),
     "pruning": (GMP(3), True),

@@ -26,7 +26,7 @@ from passes.kernels.products import convolve, linear
 from passes.kernels.windows import Window
 from passes.masking import norms, products
 from passes.masking.mask import masks_of
-from sparsify import GMP, NM, SET, SNFS, RigL, SRigL, Static, fold, graphs, sparsify, use_kernels
+from sparsify import GMP, NM, SET, SNFS, RigL, SRigL, Static, compress, fold, graphs, sparsify, use_kernels
 
 pytestmark = pytest.mark.skipif(compiler.native() is None, reason="there is no C++ compiler here")
 
@@ -479,6 +479,42 @@ def test_without_native_loops_everything_runs_masked() -> None:
     environment = {**os.environ, "SPARSIFY_NATIVE": "0", "PYTHONPATH": str(Path(compiler.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "32"
+
+
+MISFITS = {  # a layer, and what torch refuses to give it
+    "features": (nn.Linear(64, 32), (5, 20)),
+    "more features": (nn.Linear(64, 32), (5, 80)),
+    "no dimension": (nn.Linear(64, 32), ()),
+    "channels": (nn.Conv2d(16, 8, 3), (2, 8, 9, 9)),
+    "groups": (nn.Conv2d(16, 8, 3, groups=2), (2, 8, 9, 9)),
+    "channels of a line": (nn.Conv1d(16, 8, 3), (2, 8, 9)),
+    "an image smaller than the kernel": (nn.Conv2d(16, 8, 5), (2, 16, 3, 9)),
+}
+
+
+@pytest.mark.parametrize("made", [lambda m: use_kernels(m, "auto"), lambda m: use_kernels(m, "sparse"), compress])
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.filterwarnings("ignore:kernels='sparse'")
+def test_what_does_not_fit_is_refused_as_torch_does(case: str, made: Any) -> None:
+    layer, shape = MISFITS[case]
+    model, x = made(sparsify(nn.Sequential(copy.deepcopy(layer)), {"*.weight": 0.05})), torch.ones(shape)
+    with pytest.raises(RuntimeError) as expected:
+        layer(x)
+    for mode in (True, False):
+        with pytest.raises(RuntimeError) as got:
+            model.train(mode)(x)
+        assert str(got.value) == str(expected.value)
+
+
+def test_the_operator_reads_nothing_that_is_not_there() -> None:
+    mask, numbers = torch.ones(3, 4, 1, 1, dtype=torch.bool), ([1, 1], [0, 0], [1, 1], 1, False)
+    weight = torch.ones(3, 4, 1, 1)
+    with pytest.raises(ValueError, match="inputs of 4 channels and a bias of 3 numbers"):
+        torch.ops.sparsify.convolve(torch.ones(1, 2, 5, 5), weight, None, mask, *numbers)
+    with pytest.raises(ValueError, match="inputs of 4 channels and a bias of 3 numbers"):
+        torch.ops.sparsify.convolve(torch.ones(1, 4, 5, 5), weight, torch.ones(2), mask, *numbers)
+    with pytest.raises(ValueError, match="neither whole nor the kept values"):
+        torch.ops.sparsify.convolve(torch.ones(1, 4, 5, 5), torch.ones(5, 1), None, mask, *numbers)
 
 
 def test_bad_choices() -> None:

@@ -84,7 +84,10 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
             sums.found[key] = _MAKERS[of](kept, kernel, window, key[4], key[5], _machine(library), tables)
             if {made for made, *_ in sums.found} == _MAKERS.keys():  # what they were made of takes more than they do
                 sums.kept.clear()
-        return sums.found[key]
+        found = sums.found[key]
+    if weight.numel() != found.records[0].elements:
+        raise ValueError(f"A weight of {tuple(weight.shape)} is neither whole nor the kept values of its mask.")
+    return found
 
 
 def format_of(x: Tensor) -> torch.memory_format:

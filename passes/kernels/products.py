@@ -47,6 +47,7 @@ def _empty(x: Tensor, mask: Tensor, window: Window) -> Tensor:
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *rest: Any) -> Tensor:
     numbers = rest[:4]
     window = _window(*numbers)
+    _check(x, bias, mask, window)
     x = x.contiguous(memory_format=format_of(x))
     if rest[4] and is_compressed(weight, mask):
         begin(mask, weight.grad if weight.is_leaf else None)
@@ -56,6 +57,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *res
     bias, weight = bias if bias is None else bias.contiguous(), _dense(weight)
     prepared("output", library, weight, mask, window, x, y).run(library, x, y, weight, bias)
     return y
+
+
+def _check(x: Tensor, bias: Tensor | None, mask: Tensor, window: Window) -> None:
+    """Raise where native code would read what is not there."""
+    outputs, inputs = mask.shape[0], mask.shape[1] * window.groups
+    if x.dim() != 4 or x.shape[1] != inputs or (bias is not None and bias.shape != (outputs,)):
+        given = f"{tuple(x.shape)} and a bias of {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"sparsify::convolve takes inputs of {inputs} channels and a bias of {outputs} numbers, not {given}.")
 
 
 @torch.library.register_fake("sparsify::convolve", lib=_LIBRARY)

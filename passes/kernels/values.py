@@ -40,6 +40,17 @@ def gather(weight: Tensor, mask: Tensor) -> Tensor:
     return weight[mask].unsqueeze(1)
 
 
+def give_values(weight: Tensor, values: Tensor) -> None:
+    """Let a parameter hold other values, of another number too.
+
+    Graphs that are still there, of a loss that somebody keeps, hold on to the node that accumulates a parameter's gradient, and
+    it goes on expecting the old shape. torch makes a new one where the number format changes, and so this changes it twice.
+    """
+    if weight.shape != values.shape:
+        weight.data = torch.empty(0, dtype=torch.float64 if weight.dtype != torch.float64 else torch.float32)
+    weight.data = values
+
+
 def expand_in_step(values: Tensor, mask: Tensor) -> Tensor:
     """Expand, in the step whose dense gradient decides growth: the gradient of the whole weight is kept for the update."""
     return torch.ops.sparsify.whole(values, mask)

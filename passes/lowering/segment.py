@@ -1,5 +1,6 @@
 """Segment: the module that stands for a part of a graph and runs its program."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,17 +22,30 @@ class Segment(nn.Module):
     values: Tensor
     bits: Tensor
 
-    def __init__(self, program: Program, constants: Constants) -> None:
-        """Hold a program and its numbers."""
+    def __init__(self, program: Program, constants: Constants, shapes: Sequence[Sequence[int]]) -> None:
+        """Hold a program, its numbers, and the shapes of inputs that it was made for."""
         super().__init__()
+        self.training = False
         self.program = program.to_json()
+        channels = (shape[-1 if last else 1] for shape, last in zip(shapes, program.inputs, strict=True))
+        self._given = [(len(s), -1 if last else 1, c) for s, last, c in zip(shapes, program.inputs, channels, strict=True)]
         self._single = len(program.outputs) == 1
         values, bits = constants.tensors()
         self.register_buffer("values", values)
         self.register_buffer("bits", bits)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Return the only output, or all of them."""
+        """Return the only output, or all of them.
+
+        Raises:
+            ValueError: an input has another rank, other channels or numbers than the program was made for.
+        """
+        for x, (rank, dim, channels) in zip(inputs, self._given, strict=True):
+            if x.dim() != rank or x.shape[dim] != channels or not x.is_floating_point():
+                raise ValueError(
+                    f"This lowered model takes floating numbers in {rank} dimensions, with {channels} along dimension {dim}, "
+                    f"and was given {x.dtype} of {tuple(x.shape)}. Batch and sizes may vary; for others, call lower() with them."
+                )
         outputs = torch.ops.sparsify.run(list(inputs), self.values, self.bits, self.program)
         return outputs[0] if self._single else tuple(outputs)
 
@@ -39,3 +53,9 @@ class Segment(nn.Module):
         """Name what is computed."""
         ops = Program.from_json(self.program).ops
         return f"{len(ops)} operations, {', '.join(op.name for op in ops if op.weight)}"
+
+
+def refuse_lowered(model: nn.Module, name: str) -> None:
+    """Raise ValueError for a model of `lower`, whose layers are programs."""
+    if any(isinstance(module, Segment) for module in model.modules()):
+        raise ValueError(f"{name}() takes a model as it was before lower(), whose layers can be seen.")

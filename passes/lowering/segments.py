@@ -69,7 +69,8 @@ def part_of(nodes: list[fx.Node], known: Mapping[fx.Node, Operation]) -> Part:
     own = set(nodes)
     outputs = [node for node in nodes if any(user not in own for user in node.users)]
     program, constants, inputs = build(nodes, known, outputs)
-    return Part(nodes, inputs, outputs, Segment(program, constants))
+    shapes = [node.meta["tensor_meta"].shape for node in inputs]
+    return Part(nodes, inputs, outputs, Segment(program, constants, shapes))
 
 
 def replace_(module: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from passes.capture.host import Host
 from passes.kernels.compiler import native
-from passes.kernels.values import expand, gather
+from passes.kernels.values import expand, gather, give_values
 from passes.masking.mask import Mask, masks_of
 from passes.masking.products import why_masked
 from passes.shards import refuse_shards
@@ -57,7 +57,8 @@ def compress(model: nn.Module) -> nn.Module:
         raise ValueError(f"compress() takes a model with masked layers that can train with kept values only; {first}.")
     for name in [name for name, why in problems.items() if not why]:
         weight, mask = model.get_parameter(name), masks[name]
-        weight.data, weight.grad = gather(weight.detach(), mask.mask), None
+        give_values(weight, gather(weight.detach(), mask.mask))
+        weight.grad = None
         mask.compressed, mask.kernels = True, "sparse"
         mask.settle_places()
         mask.check_places()
@@ -82,7 +83,8 @@ def decompress(model: nn.Module) -> nn.Module:
         if mask.compressed:
             weight = model.get_parameter(name)
             mask.check_places()
-            weight.data, weight.grad = expand(weight.detach(), mask.mask), None
+            give_values(weight, expand(weight.detach(), mask.mask))
+            weight.grad = None
             mask.compressed = False
     return model
 
@@ -126,4 +128,4 @@ def spread(tensor: Tensor, before: Tensor, mask: Mask) -> Iterator[Tensor]:
     if values.shape == tensor.shape:
         tensor.data.copy_(values)
     else:
-        tensor.data = values
+        give_values(tensor, values)

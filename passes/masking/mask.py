@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.capture.host import Guest
-from passes.kernels.values import expand, expand_in_step, gather
+from passes.kernels.values import expand, expand_in_step, gather, give_values
 from passes.masking.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, is_plain, zero_dropped_
 from passes.shards import is_sharded, local
 
@@ -148,7 +148,7 @@ class Mask(Guest):
         given = state_dict.get(name, expand(weight.detach(), self.mask))
         kept = state_dict.get(f"{name}_mask.mask", self.mask)
         if given.shape == kept.shape == self.mask.shape:
-            weight.data = gather(given.detach(), kept.to(given.device)).to(weight.dtype)
+            give_values(weight, gather(given.detach(), kept.to(given.device)).to(weight.dtype))
             state_dict |= {name: weight.detach()} if name in state_dict else {}
             self.settle_places()
 

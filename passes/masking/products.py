@@ -15,7 +15,7 @@ from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
 from passes.kernels.costs import gain
 from passes.kernels.products import convolve, linear
-from passes.kernels.windows import Window
+from passes.kernels.windows import Window, with_pixels
 from passes.masking.mask import Mask
 from passes.masking.zeros import is_plain
 
@@ -46,7 +46,7 @@ def sparse_product(
     """
     if mask.kernels == "masked" or not (mask.training or mask.compressed):
         return None
-    problem = problem or _problem(mask, x, weight, sides)
+    problem = problem or _problem(mask, x, weight, bias, sides)
     if problem:
         if mask.kernels == "sparse" and not torch.compiler.is_compiling():
             _say(f"kernels='sparse': {name} layers run the masked weight where {problem}.")
@@ -85,8 +85,8 @@ def _why_masked(weight: Any, sides: Sequence[Any]) -> str:
     return "a convolution pads other than by given numbers" if sides and isinstance(sides[1], str) else ""
 
 
-def _problem(mask: Mask, x: Tensor, weight: Tensor, sides: Sequence[Any]) -> str:
-    """Return why the sums cannot run, or nothing."""
+def _problem(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[Any]) -> str:
+    """Return why the sums cannot run, or nothing; what does not fit together is left to torch, which says so."""
     if why := _why_masked(weight, sides):
         return why
     if x.device.type != "cpu":
@@ -97,11 +97,27 @@ def _problem(mask: Mask, x: Tensor, weight: Tensor, sides: Sequence[Any]) -> str
         return "there is no input"
     if sides and x.dim() != mask.mask.dim():
         return "there is no batch"
+    if not _fits(mask, x, weight, bias, sides):
+        return "shapes do not fit"
     if torch.compiler.is_compiling():
         return ""
     if not is_plain(x) or not is_plain(weight) or torch.autograd.forward_ad._current_level >= 0:
         return "torch.func or forward-mode derivatives are at work"
     return "" if native() is not None else "there are no native loops"
+
+
+def _fits(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[Any]) -> bool:
+    """Whether an input, a weight and a bias have the shapes and formats of a layer that has this mask."""
+    outputs, inputs, *_ = mask.mask.shape
+    if weight.shape[1:] != (1,) if mask.compressed else weight.shape != mask.mask.shape:
+        return False
+    if bias is not None and (bias.shape != (outputs,) or bias.dtype != x.dtype or bias.device != x.device):
+        return False
+    if not sides:
+        return x.dim() > 0 and x.shape[-1] == inputs
+    image, window = _image(x), _window(x, *sides)
+    fitting = x.shape[1] == inputs * window.groups and outputs % window.groups == 0
+    return fitting and min(window.out(image.shape, with_pixels(mask.mask.shape))) > 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ def choice_of(module: nn.Module, x: Tensor) -> Choice:
     """Return what a masked layer of torch.nn runs in training on an input, and why."""
     mask: Any = module._modules["weight_mask"]
     weight: Any = module._parameters["weight"]
-    if problem := why_masked(module) or _problem(mask, x, weight, _sides(module)):
+    if problem := why_masked(module) or _problem(mask, x, weight, masked(module, "bias"), _sides(module)):
         return Choice("masked", problem, 0.0)
     predicted = _gain(mask, x, _sides(module))
     if mask.kernels == "masked":

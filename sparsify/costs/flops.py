@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.counting.tally import Tally, tally
+from passes.lowering.segment import refuse_lowered
 from passes.masking.layers import Masked, leaf_class
 from passes.masking.mask import Mask, masks_of
 from passes.weights.reasons import Reason, Why
@@ -41,6 +42,8 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         >>> report.dense_macs == 3 * 8 * 9 * 36 + 288 * 10
         True
     """
+    if isinstance(model, nn.Module):
+        refuse_lowered(model, "flop_report")
     costs = tally(model, inputs)
     products = [Layer(name, op, None, 0, 0, n, n, "product") for (name, op), n in costs.products.items()]
     layers = (*_weight_layers(model, costs), *products)

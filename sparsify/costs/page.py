@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsify.costs.report import FlopReport, Layer
 from sparsify.costs.speed import SpeedReport
-from sparsify.costs.spent import ledger_of
+from sparsify.costs.spent import inference_ratio, training_ratios
 from sparsify.costs.thumbnails import thumbnail
 from sparsify.costs.views import NodeView, node_views
 from sparsify.methods.how_many import steady_drop
@@ -111,18 +111,16 @@ def _history(model: nn.Module, report: FlopReport) -> dict[str, Any] | None:
     updater = updater_of(model)
     if updater is None or not updater.step:
         return None
-    topologies, ledger = updater.history, ledger_of(model, report)
-    steps = [entry.step for entry in topologies]
-    rows = {row.step: row for row in ledger.rows}
-    held = [rows[max(step for step in rows if step <= at)] for at in steps]
-    last = updater.step > steps[-1]
+    topologies = updater.history
+    steps, last = [entry.step for entry in topologies], updater.step > topologies[-1].step
+    shown = [*steps, *[updater.step] * last]
     names = list(topologies[0].densities)
     densities = [{"label": n, "values": _upto([t.densities[n] for t in topologies], last)} for n in names]
     return {
-        "steps": [*steps, updater.step] if last else steps,
+        "steps": shown,
         "densities": densities,
-        "inference_ratio": _upto([row.inference_ratio for row in held], last),
-        "training_ratio": [*(row.training_ratio for row in held), *[ledger.training_ratio] * last],
+        "inference_ratio": _upto([inference_ratio(updater, report, t.nonzeros) for t in topologies], last),
+        "training_ratio": [None, *training_ratios(updater, report, shown[1:])],  # none has been spent at step 0
         "changes": _changes(model),
     }
 

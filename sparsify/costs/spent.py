@@ -1,6 +1,7 @@
 """Spent: what a run has cost, from the masks that it really had, beside its forecast and the published formula."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from sparsify.costs.report import FlopReport
 from sparsify.methods.costs import Spending, forecast, spend
+from sparsify.training.base import UpdaterBase
 from sparsify.training.lookup import updater_of
 
 
@@ -60,20 +62,30 @@ class CostLedger:
         )
 
 
+def inference_ratio(updater: UpdaterBase, report: FlopReport, nonzeros: Mapping[str, int]) -> float:
+    """Return the inference FLOPs relative to dense with these counts of kept weights."""
+    layers = [x for x in report.layers if x.name in updater.goals]
+    # A layer that was replaced has no count any more, and is dense.
+    saved = sum(x.dense_macs - x.dense_macs * (nonzeros[x.name] or x.params) // x.params for x in layers)
+    return 1 - saved / report.dense_macs if report.dense_macs else 1.0
+
+
+def training_ratios(updater: UpdaterBase, report: FlopReport, steps: Sequence[int]) -> list[float]:
+    """Return the training FLOPs up to each of some steps, from 1 on, relative to as many dense steps."""
+    ratios = [(entry.step, inference_ratio(updater, report, entry.nonzeros)) for entry in updater.history]
+    return [
+        spend([r for r in ratios if r[0] < step], updater.method.updates, step, updater.total_steps)[-1].ratio for step in steps
+    ]
+
+
 def ledger_of(model: nn.Module, report: FlopReport) -> CostLedger:
     """Add up what training has cost, from a model that was trained for a step at least and its report now."""
     updater = updater_of(model)
     assert updater is not None
-    sizes = {x.name: (x.params, x.dense_macs) for x in report.layers if x.name in updater.goals}
-    total = sum(size for size, _ in sizes.values())
-
-    def inference_ratio(nonzeros: dict[str, int]) -> float:
-        # A layer that was replaced has no count any more, and is dense.
-        saved = sum(macs - macs * (nonzeros[name] or size) // size for name, (size, macs) in sizes.items())
-        return 1 - saved / report.dense_macs if report.dense_macs else 1.0
-
+    sizes = {x.name: x.params for x in report.layers if x.name in updater.goals}
+    total = sum(sizes.values())
     topologies = [next(group) for _, group in itertools.groupby(updater.history, key=lambda entry: entry.nonzeros)]
-    ratios = [(entry.step, inference_ratio(entry.nonzeros)) for entry in topologies]
+    ratios = [(entry.step, inference_ratio(updater, report, entry.nonzeros)) for entry in topologies]
     method, schedule = updater.method, updater.total_steps
     spent = spend(ratios, method.updates, updater.step, schedule)
     so_far = [1.0, *(spending.ratio for spending in spent[:-1])]
@@ -85,6 +97,6 @@ def ledger_of(model: nn.Module, report: FlopReport) -> CostLedger:
         report.dense_macs,
         spent[-1],
         tuple(rows),
-        forecast(method, inference_ratio(planned), schedule),
+        forecast(method, inference_ratio(updater, report, planned), schedule),
         report.training_ratio,
     )

@@ -7,6 +7,7 @@ from torch import nn
 from passes.capture.copies import copied
 from passes.counting.inputs import forward_values
 from passes.lowering.lower import BACKENDS, lower_
+from passes.lowering.segment import refuse_lowered
 from passes.masking.fold import fold_
 from passes.masking.mask import masks_of
 from passes.shards import refuse_shards
@@ -82,6 +83,7 @@ def lower(model: nn.Module, inputs: Any, *, backend: str = "auto") -> nn.Module:
         raise ValueError(f"Unknown backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"lower() takes a torch.nn.Module, not {type(model).__name__}.")
+    refuse_lowered(model, "lower")
     if any(module.training for module in model.modules()):
         raise ValueError(
             "lower() is for inference, and the model or a part of it is in training mode. Call model.eval() first."
