@@ -26,7 +26,7 @@ from passes.lowering.plan import Plan
 from passes.lowering.program import Program
 from passes.lowering.run import _PLANS, prepared
 from passes.lowering.segment import Segment
-from sparsify import cli, lower, sparsify, speed_report, use_kernels
+from sparsify import cli, flop_report, lower, sparsify, speed_report, use_kernels
 from sparsify.cli import load_model
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no C++ compiler here")
@@ -264,6 +264,27 @@ def test_wide_layers_are_cut_into_blocks_and_chunks() -> None:
     torch.manual_seed(0)
     model = thin(nn.Sequential(conv(300, 260, 3, padding=1), nn.ReLU(), conv(260, 301, 1)), 0.1)
     assert_lowered(model, torch.randn(1, 300, 30, 30), others=(torch.randn(3, 300, 7, 7),))
+
+
+OTHERS = {  # what a model that was lowered for (1, 5, 9, 11) is given
+    "no batch": torch.rand(5, 9, 11),
+    "too many channels": torch.rand(1, 7, 9, 11),
+    "a channel": torch.rand(1, 1, 9, 11),
+    "whole numbers": torch.zeros(1, 5, 9, 11, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_inputs_of_another_kind_are_refused(case: str) -> None:
+    lowered = lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 5, 9, 11), backend="native")
+    with pytest.raises(ValueError, match=r"takes floating numbers in 4 dimensions, with 5 along dimension 1, and was given"):
+        lowered(OTHERS[case])
+    with pytest.raises(ValueError, match="does not run on these inputs"):
+        lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 7, 9, 11))
+    for use in (sparsify, flop_report, lower, speed_report):
+        with pytest.raises(ValueError, match=r"takes a model as it was before lower\(\)"):
+            use(lowered, 0.1 if use is sparsify else (1, 5, 9, 11))
+    assert not any(module.training for module in lowered.modules())
 
 
 def test_many_shapes_do_not_keep_many_plans() -> None:

@@ -85,9 +85,13 @@ def _observe(
 
         handles.append(root.register_forward_pre_hook(remember, with_kwargs=True))
         handles += [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in dict.fromkeys(layers)]
-    output = model(*args, **kwargs)
-    for handle in handles:
-        handle.remove()
+    try:
+        output = model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} does not run on these inputs. {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
     layers = {path: _layers_of(model.get_submodule(path), region.graphs) for path, region in regions.items()}
     owners = Counter(layer for own in layers.values() for layer in own)
     alone = {p for p, own in layers.items() if all(owners[layer] == 1 and calls[layer] <= named[layer] for layer in own)}

@@ -44,7 +44,7 @@ class Segment(nn.Module):
             if x.dim() != rank or x.shape[dim] != channels or not x.is_floating_point():
                 raise ValueError(
                     f"This lowered model takes floating numbers in {rank} dimensions, with {channels} along dimension {dim}, "
-                    f"and was given {x.dtype} of {tuple(x.shape)}. Batch and sizes may vary; for others, call lower() with them."
+                    f"and was given {x.dtype} of {tuple(x.shape)}. Batch and sizes may vary; for others, lower() again."
                 )
         outputs = torch.ops.sparsify.run(list(inputs), self.values, self.bits, self.program)
         return outputs[0] if self._single else tuple(outputs)

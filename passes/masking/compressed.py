@@ -107,7 +107,7 @@ def _problem(owners: list[nn.Module], mask: Mask) -> str:
         return "code reads it under another name"
     if why := why_masked(module):
         return f"these layers train masked, since {why}"
-    return "its density is 0.5 or more" if mask.density >= _MOST else ""
+    return "its density is 0.5 or more, as while a method that prunes starts" if mask.density >= _MOST else ""
 
 
 @contextlib.contextmanager

@@ -139,7 +139,10 @@ class Mask(Guest):
 
     def saved(self, weight: Tensor) -> Tensor:
         """Return the whole of a compressed parameter."""
-        return expand(weight, self.mask) if self.compressed else weight
+        if not self.compressed:
+            return weight
+        self.check_places()
+        return expand(weight, self.mask)
 
     def load(self, weight: nn.Parameter, state_dict: dict[str, Any], name: str) -> None:
         """Let a compressed parameter take the values that a state_dict's mask keeps, from there or from itself."""

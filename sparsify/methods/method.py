@@ -36,6 +36,11 @@ class Updates:
     momentum: float | None = None  # decay of a moving average of the gradient, where a score wants one
     counts_vary: bool = False  # whether the plan may drop and grow different numbers in a layer
 
+    def __post_init__(self) -> None:
+        known = ("updates", "always", "never")
+        if self.dense_gradients not in known:
+            raise ValueError(f"Unknown dense_gradients {self.dense_gradients!r}; choose one of {', '.join(known)}.")
+
     def replaces_step(self) -> bool:
         """Whether an update is taken instead of the optimizer's step."""
         return self.dense_gradients == "updates"

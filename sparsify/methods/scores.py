@@ -69,6 +69,7 @@ def chance(layer: LayerState) -> Tensor:
     return torch.from_numpy(numbers).view(layer.weight.shape).to(layer.weight.device)
 
 
+_NOTHING = " Gradients are there with dense_gradients='updates' or 'always', momentum where its decay is given."
 _OWN = (weight, gradient, momentum)  # seen to be finite before an update
 
 
@@ -90,7 +91,8 @@ def evaluate(score: Score, layer: LayerState, growing: bool = False) -> Tensor:
     name, shape = getattr(score, "__name__", score), tuple(layer.mask.shape)
     if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.is_complex():
         found = f"{tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else repr(result)
-        raise ValueError(f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}.")
+        hint = _NOTHING if result is None else ""
+        raise ValueError(f"The score {name} returned {found} for {layer.name}; it must be real numbers of shape {shape}.{hint}")
     result = result if result.is_floating_point() else result.float()
     if result.device.type == "cpu" and (result.isnan() & (layer.mask ^ growing)).any():
         raise ValueError(f"The score {name} returned NaN for {layer.name}, where it has to decide.")
