@@ -21,7 +21,7 @@ from sparsify.saving.plain import fold, lower
 
 _REASONS = {
     "sparse": "every output by itself: few weights are kept",
-    "shared": "four outputs share what they read: most weights are kept",
+    "shared": "outputs share what they read: they keep the same, or most",
     "dots": "a single pixel",
 }
 
