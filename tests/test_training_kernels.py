@@ -322,8 +322,9 @@ METHODS = [
 ]
 
 
+@pytest.mark.parametrize("steps", [30, pytest.param(300, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_training_runs_alike(method: Any) -> None:
+def test_training_runs_alike(method: Any, steps: int) -> None:
     """Losses stay together to rounding, and masks to what rounding may decide otherwise."""
     torch.manual_seed(0)
     options = {"density": None if method.layout.fixed else 0.3, "method": method}
@@ -331,9 +332,9 @@ def test_training_runs_alike(method: Any) -> None:
     for model in pair(SmallNet(), **options):
         generator = torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-        model.updater.attach(optimizer, total_steps=40)
+        model.updater.attach(optimizer, total_steps=steps + 10)
         losses.append([])
-        for _ in range(30):
+        for _ in range(steps):
             x, target = torch.randn(8, 3, 10, 10, generator=generator), torch.randint(0, 10, (8,), generator=generator)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), target)

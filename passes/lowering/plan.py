@@ -32,8 +32,8 @@ class Choice:
         name: of its node in the graph.
         kind: "conv" or "linear".
         density: the share of its weights that is kept.
-        kernel: "sparse": every output by itself; "shared": two or four outputs multiply what any of them keeps, for layers that are
-            nearly dense or share patterns; "dots": for a single pixel.
+        kernel: "sparse": every output by itself; "shared": two or four outputs multiply what any of them keeps, for layers that
+            are nearly dense or share patterns; "dots": for a single pixel.
         cycles: about how many it takes on one core.
         dense_cycles: about how many torch takes for the dense layer.
     """
