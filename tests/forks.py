@@ -25,9 +25,9 @@ def python(codes: list[str], environment: Mapping[str, str]) -> list[tuple[str, 
             process.start()
         for process in processes:
             process.join()
-        printed = [(p.with_suffix(".out").read_text().strip(), p.with_suffix(".err").read_text()) for p in places]
-        assert [process.exitcode for process in processes] == [0] * len(codes), printed
-        return printed
+        files = [path.read_text() for path in sorted(Path(folder).iterdir())]
+        assert [process.exitcode for process in processes] == [0] * len(codes), files
+        return [(p.with_suffix(".out").read_text().strip(), p.with_suffix(".err").read_text()) for p in places]
 
 
 def _python(code: str, environment: dict[str, str], place: Path) -> None:

@@ -269,6 +269,13 @@ def _under_autocast(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).float()
 
 
+def test_whole_weights_of_functional_call_are_masked() -> None:
+    model = made(Static())
+    x = batch(0)[0]
+    for mode in (True, False):
+        torch.testing.assert_close(torch.func.functional_call(model.train(mode), dict(model.state_dict()), x), model(x))
+
+
 def test_losses_that_are_kept_hinder_nothing() -> None:
     """A graph holds the node that takes a parameter's gradient, and that remembers a shape; counts vary here besides."""
     model = sparsify(Net(), {"*.weight": 0.2}, method=RigL(interval=2, redistribution="gradient"), kernels="sparse")

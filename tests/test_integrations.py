@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,10 @@ def test_weights_and_biases_gets_the_same_offline(tmp_path: Path, monkeypatch: p
     model = sparsify(SmallNet(), 0.3)
     with wandb.init(mode="offline", project="test", dir=str(tmp_path)) as run:
         log_sparsity(run, model, 3)
-    written = next(tmp_path.rglob("*.wandb")).read_bytes()
+    name, deadline = list(model.updater.masks)[-1], time.monotonic() + 60
+    while f"sparsity/fan-in/{name}".encode() not in (written := next(tmp_path.rglob("*.wandb")).read_bytes()):
+        assert time.monotonic() < deadline  # a process of wandb's own writes
+        time.sleep(0.1)
     for name in model.updater.masks:
         assert f"sparsity/density/{name}".encode() in written
         assert f"sparsity/fan-in/{name}".encode() in written
@@ -295,6 +299,12 @@ def test_model_explorer_gets_a_density_for_every_operation_with_weights(tmp_path
     for node in operations:
         weights = [program.graph_signature.inputs_to_parameters.get(given.name) for given in node.all_input_nodes]
         assert results[node.name]["value"] in [densities[name] for name in weights if name in densities]
+    tied = torch.nn.Sequential(
+        torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 6))
+    )
+    tied[1].weight = tied[0].weight
+    write_for_model_explorer(sparsify(tied, 0.5), (2, 6), tmp_path / "tied.pt2")
+    assert {"linear", "linear_1"} <= json.loads((tmp_path / "tied.json").read_text())["graph"]["results"].keys()
     with pytest.raises(ValueError, match="takes a sparse model"):
         write_for_model_explorer(SmallNet(), (1, 3, 8, 8), tmp_path / "net.pt2")
     with pytest.raises(ValueError, match=r"by the name \.pt2, and this is 'net'"):

@@ -266,6 +266,13 @@ def test_wide_layers_are_cut_into_blocks_and_chunks() -> None:
     assert_lowered(model, torch.randn(1, 300, 30, 30), others=(torch.randn(3, 300, 7, 7),))
 
 
+def test_rows_of_any_rank() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    lowered, x = lower(sparsify(model, 0.1).eval(), (4, 64), backend="native"), torch.randn(2, 3, 5, 64)
+    assert lowered(x).shape == (2, 3, 5, 8)
+    torch.testing.assert_close(lowered(x), lowered(x.flatten(0, 2)).view(2, 3, 5, 8))
+
+
 OTHERS = {  # what a model that was lowered for (1, 5, 9, 11) is given
     "no batch": torch.rand(5, 9, 11),
     "too many channels": torch.rand(1, 7, 9, 11),
@@ -277,7 +284,7 @@ OTHERS = {  # what a model that was lowered for (1, 5, 9, 11) is given
 @pytest.mark.parametrize("case", OTHERS)
 def test_inputs_of_another_kind_are_refused(case: str) -> None:
     lowered = lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 5, 9, 11), backend="native")
-    with pytest.raises(ValueError, match=r"takes floating numbers in 4 dimensions, with 5 along dimension 1, and was given"):
+    with pytest.raises(ValueError, match=r"takes floating numbers in 4 dimensions, 5 along dimension 1, and was given"):
         lowered(OTHERS[case])
     with pytest.raises(ValueError, match="does not run on these inputs"):
         lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 7, 9, 11))

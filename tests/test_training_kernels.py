@@ -482,6 +482,24 @@ def test_without_native_loops_everything_runs_masked() -> None:
     assert done.stdout.strip() == "32"
 
 
+class Doubled(nn.Conv2d):
+    """What a subclass of torch's does with the weight is its own."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+@pytest.mark.filterwarnings("ignore:kernels='sparse'")
+def test_code_of_subclasses_runs() -> None:
+    masked, sparse = pair(nn.Sequential(Doubled(4, 6, 3)), density={"*": 0.5})
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(sparse(x), masked(x))
+    bias = torch.randn(6)  # of torch.func, which the sums leave to torch
+    _, plain = pair(nn.Sequential(nn.Conv2d(4, 6, 3)), density={"*": 0.5})
+    found = torch.func.grad(lambda b: torch.func.functional_call(plain, {"0.bias": b}, x).sum())(bias)
+    torch.testing.assert_close(found, torch.full((6,), 2.0 * 16))
+
+
 MISFITS = {  # a layer, and what torch refuses to give it
     "features": (nn.Linear(64, 32), (5, 20)),
     "more features": (nn.Linear(64, 32), (5, 80)),

@@ -47,7 +47,8 @@ class Host(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, _, guest in _masked_parameters(self):
-            destination[prefix + name] = guest.saved(destination[prefix + name])
+            if (key := prefix + name) in destination:  # the class may save otherwise
+                destination[key] = guest.saved(destination[key])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, weight, guest in _masked_parameters(self):

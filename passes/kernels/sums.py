@@ -92,6 +92,8 @@ class Prepared:
                 blocked=part.blocked,
                 miss=1.2,
             )
+            most = machine.tiles[record.group]  # a tile is gone through in so many vectors
+            record.tile = max(record.tile // most * most, min(record.tile, most))
             chunks = 4 * threads() if record.by_chunk else 1
             most = 1 << 15
             if gradient:

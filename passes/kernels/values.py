@@ -45,6 +45,7 @@ def give_values(weight: Tensor, values: Tensor) -> None:
 
     Graphs that are still there, of a loss that somebody keeps, hold on to the node that accumulates a parameter's gradient, and
     it goes on expecting the old shape. torch makes a new one where the number format changes, and so this changes it twice.
+    Hooks on that node, not on the parameter, are left with the old one.
     """
     if weight.shape != values.shape:
         weight.data = torch.empty(0, dtype=torch.float64 if weight.dtype != torch.float64 else torch.float32)

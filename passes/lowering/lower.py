@@ -87,6 +87,8 @@ def _observe(
         handles += [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in dict.fromkeys(layers)]
     try:
         output = model(*args, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise ValueError(f"{type(model).__name__} does not run on these inputs. {type(error).__name__}: {error}") from error
     finally:

@@ -10,6 +10,8 @@ import passes.lowering.run  # noqa: F401 - registers the operator
 from passes.lowering.build import Constants
 from passes.lowering.program import Program
 
+_ROW_BY_ROW = ("linear", "activation", "add", "layer_norm")
+
 
 class Segment(nn.Module):
     """Runs a program: `sparsify::run` on its inputs.
@@ -28,7 +30,9 @@ class Segment(nn.Module):
         self.training = False
         self.program = program.to_json()
         channels = (shape[-1 if last else 1] for shape, last in zip(shapes, program.inputs, strict=True))
-        self._given = [(len(s), -1 if last else 1, c) for s, last, c in zip(shapes, program.inputs, channels, strict=True)]
+        flat = all(op.kind in _ROW_BY_ROW for op in program.ops)  # any rank will do
+        ranks = (0 if flat and last else len(shape) for shape, last in zip(shapes, program.inputs, strict=True))
+        self._given = [(r, -1 if last else 1, c) for r, last, c in zip(ranks, program.inputs, channels, strict=True)]
         self._single = len(program.outputs) == 1
         values, bits = constants.tensors()
         self.register_buffer("values", values)
@@ -41,10 +45,10 @@ class Segment(nn.Module):
             ValueError: an input has another rank, other channels or numbers than the program was made for.
         """
         for x, (rank, dim, channels) in zip(inputs, self._given, strict=True):
-            if x.dim() != rank or x.shape[dim] != channels or not x.is_floating_point():
+            if x.dim() < 2 or x.dim() != (rank or x.dim()) or x.shape[dim] != channels or not x.is_floating_point():
                 raise ValueError(
-                    f"This lowered model takes floating numbers in {rank} dimensions, with {channels} along dimension {dim}, "
-                    f"and was given {x.dtype} of {tuple(x.shape)}. Batch and sizes may vary; for others, lower() again."
+                    f"This lowered model takes floating numbers in {rank or 'some'} dimensions, {channels} along dimension "
+                    f"{dim}, and was given {x.dtype} of {tuple(x.shape)}. Batch and sizes may vary; for others, lower() again."
                 )
         outputs = torch.ops.sparsify.run(list(inputs), self.values, self.bits, self.program)
         return outputs[0] if self._single else tuple(outputs)

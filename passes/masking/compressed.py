@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from passes.capture.host import Host
 from passes.kernels.compiler import native
 from passes.kernels.values import expand, gather, give_values
+from passes.masking.kernels import fuse_where_sparse
 from passes.masking.mask import Mask, masks_of
 from passes.masking.products import why_masked
 from passes.shards import refuse_shards
@@ -24,9 +25,10 @@ def compress(model: nn.Module) -> nn.Module:
     """Let the masked parameters of a model hold their kept values only, in place, before its optimizer is made.
 
     Memory of weights, gradients and optimizer states becomes proportional to density, and optimizers' steps take as much less
-    time. Layers that can train with `kernels="sparse"`, of density below 0.5, are compressed and do so from then on, also in
-    evaluation; all others stay as they are. Parameters keep their names, and become (kept, 1). A `state_dict`, and
-    that of an optimizer while the updater is attached, have everything whole: a run goes on with or without.
+    time. Layers that can train with `kernels="sparse"`, of density below 0.5, are compressed and do so from then on; also in
+    evaluation, or with the whole weight made anew where Python code calls them. All others stay as they are. Parameters keep
+    their names, and become (kept, 1). A `state_dict`, and that of an optimizer while the updater is attached, have everything
+    whole: a run goes on with or without.
 
     Args:
         model: a masked model on the CPU.
@@ -62,7 +64,7 @@ def compress(model: nn.Module) -> nn.Module:
         mask.compressed, mask.kernels = True, "sparse"
         mask.settle_places()
         mask.check_places()
-    return model
+    return fuse_where_sparse(model)
 
 
 def decompress(model: nn.Module) -> nn.Module:

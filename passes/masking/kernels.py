@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.capture.captured import Captured
+from passes.capture.captured import Captured, is_there
 from passes.masking.mask import Mask, masks_of
 from passes.masking.norms import join_norms_
 from passes.masking.products import SIDES, sparse_product
@@ -49,9 +49,15 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
         raise ValueError("use_kernels takes a masked model, as sparsify() returns it.")
     for mask in masks.values():
         mask.kernels = "sparse" if mask.compressed else kernels
+    return fuse_where_sparse(model)
+
+
+def fuse_where_sparse(model: nn.Module) -> nn.Module:
+    """Let the graphs of a model run sums over kept weights in training, where one of its masks wants them; others do not."""
+    fuse = _in_training if any(mask.kernels != "masked" for mask in masks_of(model).values()) else None
     for module in model.modules():
         if isinstance(module, Captured):
-            module.fuse_in_training(None if kernels == "masked" else _in_training)
+            module.fuse_in_training(fuse)
     return model
 
 
@@ -69,7 +75,7 @@ def _join_products_(graph: fx.Graph, module: nn.Module) -> None:
         weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
         if not isinstance(weight, fx.Node) or weight.op != "call_module" or weight.kwargs:
             continue
-        if isinstance(module.get_submodule(str(weight.target)), Mask):
+        if is_there(module, str(weight.target)) and isinstance(module.get_submodule(str(weight.target)), Mask):
             with graph.inserting_before(node):
                 mask = graph.get_attr(str(weight.target))
                 args, named = (mask, node.target.__name__, *node.args[:1]), {**node.kwargs, "weight": weight.args[0]}

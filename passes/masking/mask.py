@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.capture.host import Guest
-from passes.kernels.values import expand, expand_in_step, gather, give_values
+from passes.kernels.values import expand, expand_in_step, gather, give_values, is_compressed
 from passes.masking.zeros import FiniteGradient, FiniteTangent, MaskGradient, MaskTangent, is_plain, zero_dropped_
 from passes.shards import is_sharded, local
 
@@ -100,7 +100,7 @@ class Mask(Guest):
             role: PRODUCT, INNER, OUTER or BESIDE, where one of them holds.
             source: the parameter, masked, with the last two.
         """
-        if self.compressed:
+        if self.compressed and is_compressed(weight, self.mask):  # functional_call may bring a whole one
             self.check_places()
             dense = torch.is_grad_enabled() and self.dense_gradient and (torch.compiler.is_compiling() or is_plain(weight))
             return expand_in_step(weight, self.mask) if dense else expand(weight, self.mask)
@@ -139,7 +139,7 @@ class Mask(Guest):
 
     def saved(self, weight: Tensor) -> Tensor:
         """Return the whole of a compressed parameter."""
-        if not self.compressed:
+        if not (self.compressed and is_compressed(weight, self.mask)):
             return weight
         self.check_places()
         return expand(weight, self.mask)
@@ -151,7 +151,7 @@ class Mask(Guest):
         given = state_dict.get(name, expand(weight.detach(), self.mask))
         kept = state_dict.get(f"{name}_mask.mask", self.mask)
         if given.shape == kept.shape == self.mask.shape:
-            give_values(weight, gather(given.detach(), kept.to(given.device)).to(weight.dtype))
+            give_values(weight, gather(given.detach(), kept.to(given.device)).to(weight))
             state_dict |= {name: weight.detach()} if name in state_dict else {}
             self.settle_places()
 
@@ -166,7 +166,7 @@ class Mask(Guest):
 
         Where the mask was written too, as by averages that take it over from their model, they become 0. Waits for the device.
         """
-        if self.compressed:
+        if self.compressed and is_compressed(weight, self.mask):
             self.check_places()
             return True
         if weight.is_meta or weight.is_inference() or is_sharded(weight):

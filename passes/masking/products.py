@@ -25,9 +25,13 @@ SIDES = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # what convolut
 def sparse_layer(module: Any, x: Tensor) -> Tensor | None:
     """Return what a layer of torch.nn computes with its kept weights only; None if it is to run the masked weight."""
     mask, weight = module._modules.get("weight_mask"), module._parameters.get("weight")
-    if not isinstance(mask, Mask) or mask.kernels == "masked" or weight is None:  # for which hooks may have put a tensor
+    if not isinstance(mask, Mask) or weight is None or not _may_run(mask):  # hooks may have put a tensor in its place
         return None
     return sparse_product(mask, x, weight, masked(module, "bias"), _sides(module), type(module).__name__, why_masked(module))
+
+
+def _may_run(mask: Mask) -> bool:
+    return mask.kernels != "masked" and (mask.training or mask.compressed)
 
 
 def sparse_product(
@@ -44,7 +48,7 @@ def sparse_product(
         name: of the layer or function.
         problem: why it cannot be, if that is known.
     """
-    if mask.kernels == "masked" or not (mask.training or mask.compressed):
+    if not _may_run(mask):
         return None
     problem = problem or _problem(mask, x, weight, bias, sides)
     if problem:
@@ -74,6 +78,8 @@ def why_masked(module: Any) -> str:
         return _why_masked(module._parameters["weight"], ())
     if module.padding_mode != "zeros":
         return "a convolution pads with other numbers than zeros"
+    if type(module)._conv_forward not in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
+        return "_conv_forward is not torch's"
     return _why_masked(module._parameters["weight"], _sides(module))
 
 
@@ -101,7 +107,10 @@ def _problem(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[A
         return "shapes do not fit"
     if torch.compiler.is_compiling():
         return ""
-    if not is_plain(x) or not is_plain(weight) or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        not all(map(is_plain, (x, weight) if bias is None else (x, weight, bias)))
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return "torch.func or forward-mode derivatives are at work"
     return "" if native() is not None else "there are no native loops"
 
@@ -109,7 +118,7 @@ def _problem(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[A
 def _fits(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[Any]) -> bool:
     """Whether an input, a weight and a bias have the shapes and formats of a layer that has this mask."""
     outputs, inputs, *_ = mask.mask.shape
-    if weight.shape[1:] != (1,) if mask.compressed else weight.shape != mask.mask.shape:
+    if weight.shape != mask.mask.shape and not (mask.compressed and weight.shape[1:] == (1,)):
         return False
     if bias is not None and (bias.shape != (outputs,) or bias.dtype != x.dtype or bias.device != x.device):
         return False

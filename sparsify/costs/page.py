@@ -120,7 +120,7 @@ def _history(model: nn.Module, report: FlopReport) -> dict[str, Any] | None:
         "steps": shown,
         "densities": densities,
         "inference_ratio": _upto([inference_ratio(updater, report, t.nonzeros) for t in topologies], last),
-        "training_ratio": [None, *training_ratios(updater, report, shown[1:])],  # none has been spent at step 0
+        "training_ratio": [None, *training_ratios(updater, report)][: len(shown)],  # nothing is spent at step 0
         "changes": _changes(model),
     }
 

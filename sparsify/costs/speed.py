@@ -190,7 +190,7 @@ def _training(model: nn.Module, inputs: Any, backend: str, repeats: int, say: Ca
     for name, choice, *passes in layer_steps(model, dense, args, kwargs):
         say(name)
         seconds = in_turns(passes, repeats, lambda text: None)
-        mask: Any = model.get_submodule(f"{name}.weight_mask")
+        mask: Any = model.get_submodule(f"{name}.weight_mask".lstrip("."))
         times = (choice.predicted, *(1e3 * s for s in seconds))
         layers.append(LayerSpeed(name, mask.density, choice.kernel, choice.reason, *times))
     return 1e3 * whole[0], 1e3 * whole[1], layers

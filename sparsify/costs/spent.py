@@ -1,7 +1,7 @@
 """Spent: what a run has cost, from the masks that it really had, beside its forecast and the published formula."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,12 +70,10 @@ def inference_ratio(updater: UpdaterBase, report: FlopReport, nonzeros: Mapping[
     return 1 - saved / report.dense_macs if report.dense_macs else 1.0
 
 
-def training_ratios(updater: UpdaterBase, report: FlopReport, steps: Sequence[int]) -> list[float]:
-    """Return the training FLOPs up to each of some steps, from 1 on, relative to as many dense steps."""
+def training_ratios(updater: UpdaterBase, report: FlopReport) -> list[float]:
+    """Return the training FLOPs up to every update but the first entry of the history, and up to now, relative to dense."""
     ratios = [(entry.step, inference_ratio(updater, report, entry.nonzeros)) for entry in updater.history]
-    return [
-        spend([r for r in ratios if r[0] < step], updater.method.updates, step, updater.total_steps)[-1].ratio for step in steps
-    ]
+    return [spending.ratio for spending in spend(ratios, updater.method.updates, updater.step, updater.total_steps)]
 
 
 def ledger_of(model: nn.Module, report: FlopReport) -> CostLedger:

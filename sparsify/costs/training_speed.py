@@ -24,7 +24,7 @@ def steps_of(model: nn.Module, dense: nn.Module, args: Sequence[Any], kwargs: Ma
 def layer_steps(
     model: nn.Module, dense: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[str, Choice, Call, Call]]:
-    """Return each masked layer that has one weight, what it chooses, and its passes, dense and masked, on what it is given."""
+    """Return each masked layer of torch.nn, what it chooses, and its passes, dense and masked, on what it is given."""
     own = copied(model).train()
     inputs: dict[str, Tensor] = {}
     layers = {n: m for n, m in own.named_modules() if is_builtin(m) and "weight_mask" in m._modules}

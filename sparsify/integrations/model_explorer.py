@@ -41,14 +41,16 @@ def write_for_model_explorer(model: nn.Module, inputs: Any, path: str | os.PathL
         raise ValueError(f"Model Explorer knows exported programs by the name .pt2, and this is {place.name!r}.")
     check_folder(place)
     args, kwargs = forward_values(model, inputs)
-    program = torch.export.export(fold(model).eval(), args, kwargs)
-    kept, names = updater.nonzeros, program.graph_signature.inputs_to_parameters
-    sizes = {name: program.state_dict[name].numel() for name in kept}
+    plain = fold(model).eval()
+    program = torch.export.export(plain, args, kwargs)
+    own = dict(plain.named_parameters(remove_duplicate=False))
+    kept = {own[name]: count for name, count in updater.nonzeros.items() if name in own}  # what is transformed may be baked in
+    weights = {node: own[name] for node, name in program.graph_signature.inputs_to_parameters.items() if name in own}
     results = {}
     for node in program.graph.nodes:
-        read = {names.get(given.name, "") for given in (node, *node.all_input_nodes)} & kept.keys()
+        read = {weights[given.name] for given in (node, *node.all_input_nodes) if given.name in weights} & kept.keys()
         if read:
-            results[node.name] = {"value": sum(kept[name] for name in read) / sum(sizes[name] for name in read)}
+            results[node.name] = {"value": sum(kept[w] for w in read) / sum(w.numel() for w in read)}
     data = {"graph": {"name": "density", "results": results, "gradient": _COLOURS}}
     exported = io.BytesIO()
     torch.export.save(program, exported)
