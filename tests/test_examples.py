@@ -48,6 +48,7 @@ def test_every_experiment(name: str, more: list, count: int, tmp_path: Path, cap
     assert results == {p: p.stat().st_mtime_ns for p in folder.glob("digits*.json")}
 
 
+@pytest.mark.sweep
 def test_runs_on_several_processes(tmp_path: Path) -> None:
     command = ["methods", "--quick", "--workers", "2", "--results", str(tmp_path), "--methods", "static", "set"]
     experiment.main(command)
@@ -249,6 +250,7 @@ def test_the_studys_verdicts() -> None:
     assert study.judge(claim, results, "digits") == "| Static is not worse | in part | 0.1 | 0.5 | 0.5: -1.00, 0.1: -0.17 |"
 
 
+@pytest.mark.sweep  # every method and every claim, if only for a moment
 def test_the_study_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "SEEDS", {"digits": 1})
     study.main(["--quick", "--workers", "1", "--results", str(tmp_path / "results"), "--output", str(tmp_path)])

@@ -93,7 +93,7 @@ def smallest_of_each_family() -> list[str]:
 
 
 TIMM = smallest_of_each_family()
-SAMPLED = swept(TIMM, set(TIMM[::8]))
+SAMPLED = swept(TIMM, set(TIMM[::12]))
 
 
 def test_timm_families_are_many() -> None:

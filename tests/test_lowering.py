@@ -140,7 +140,7 @@ def test_channels_that_go_and_stay(case: str) -> None:
 # Real networks
 
 
-@pytest.mark.parametrize("name", sorted(n for n in SMALLEST if n in WHOLE and size(n) < 40e6 and "quantized" not in n))
+@pytest.mark.parametrize("name", sorted(n for n in SMALLEST if n in WHOLE and size(n) < 28e6 and "quantized" not in n))
 def test_torchvision_models(name: str) -> None:
     model = ablate(give_statistics(load_model(name, device="cpu")), 0.3).eval()
     shape = input_shape(name, small=True)
@@ -148,7 +148,7 @@ def test_torchvision_models(name: str) -> None:
     lowered = lower(model, x)
     assert_same(model, lowered, x)
     assert type(lowered).__name__ == type(model).__name__
-    assert flop_report(lowered, tuple(x.shape)).dense_macs <= flop_report(model, tuple(x.shape)).dense_macs
+    assert 0 < flop_report(lowered, tuple(x.shape)).dense_macs <= flop_report(model, tuple(x.shape)).dense_macs
 
 
 def test_other_sizes_and_memory_formats() -> None:

@@ -288,7 +288,9 @@ def test_inputs_of_another_kind_are_refused(case: str) -> None:
         lowered(OTHERS[case])
     with pytest.raises(ValueError, match="does not run on these inputs"):
         lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 7, 9, 11))
-    for use in (sparsify, flop_report, lower, speed_report):
+    dense = lower(thin(IMAGES["stem"](), 0.4), torch.randn(1, 5, 9, 11), backend="torch")
+    assert flop_report(lowered, (1, 5, 9, 11)).dense_macs == flop_report(dense, (1, 5, 9, 11)).dense_macs > 0
+    for use in (sparsify, lower, speed_report):
         with pytest.raises(ValueError, match=r"takes a model as it was before lower\(\)"):
             use(lowered, 0.1 if use is sparsify else (1, 5, 9, 11))
     assert not any(module.training for module in lowered.modules())

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.counting.tally import Tally, tally
-from passes.lowering.segment import refuse_lowered
 from passes.masking.layers import Masked, leaf_class
 from passes.masking.mask import Mask, masks_of
 from passes.weights.reasons import Reason, Why
@@ -22,7 +21,8 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
     """Count the FLOPs, parameters and bytes of a model, statically.
 
     A copy of the structure runs on meta tensors: no data, no forward pass of the model, and nothing of it changes. Counted
-    is inference, also in training mode; weights that only training uses have rows with 0 MACs.
+    is inference, also in training mode; weights that only training uses have rows with 0 MACs. Of a lowered model, which has
+    no masks any more, counted are dense products of what is left of it.
 
     Args:
         model: any module, sparsified or dense, on any device including meta.
@@ -42,8 +42,6 @@ def flop_report(model: nn.Module, inputs: Any) -> FlopReport:
         >>> report.dense_macs == 3 * 8 * 9 * 36 + 288 * 10
         True
     """
-    if isinstance(model, nn.Module):
-        refuse_lowered(model, "flop_report")
     costs = tally(model, inputs)
     products = [Layer(name, op, None, 0, 0, n, n, "product") for (name, op), n in costs.products.items()]
     layers = (*_weight_layers(model, costs), *products)
