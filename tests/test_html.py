@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from browser import BROWSER, DRIVER, chromium
 from models import SmallNet
-from selenium import webdriver
 from torch import Tensor, nn
 from torchvision import models
 
@@ -20,8 +19,7 @@ from sparsify.costs.page import _changes
 from sparsify.costs.thumbnails import thumbnail
 
 X = (1, 3, 8, 8)
-BROWSER = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(not BROWSER or not shutil.which("chromedriver"), reason="there is no Chromium here")
+needs_browser = pytest.mark.skipif(not BROWSER or not DRIVER, reason="there is no Chromium here")
 
 
 def content_of(path: Path) -> dict[str, Any]:
@@ -219,16 +217,8 @@ Hostile.__name__ = "<img src=x onerror=window[`hurt`]=1>"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER or ""
-    folder = tmp_path_factory.mktemp("profile")
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
-    for flag in [*flags.split(), "disable-component-update", f"user-data-dir={folder}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 def show(browser: Any, path: Path, width: int = 1200, height: int = 800, dark: bool = False) -> Callable[[str], Any]:

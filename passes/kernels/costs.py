@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.kernels.compiler import threads
-from passes.kernels.windows import Window, with_pixels
+from passes.kernels.windows import GROUPS, Window, with_pixels
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Machine:
 
 def this_machine(library: ctypes.CDLL) -> Machine:
     """Return the machine at hand, for which a native library was compiled."""
-    tiles = {group: library.sparsify_tile(group) for group in (1, 2, 4)}
+    tiles = {group: library.sparsify_tile(group) for group in GROUPS}
     first, second = library.sparsify_cache(1), library.sparsify_cache(2)
     return Machine(library.sparsify_lanes(), tiles, first or 32768, min(second or 1 << 20, 1 << 21))
 
@@ -188,6 +188,8 @@ def _blocks(channels: int) -> list[int]:
 def _group(mask: np.ndarray, groups: int) -> int:
     """Return how many outputs share a pattern: several, if it is faster that all of them multiply what any of them keeps."""
     outputs = mask.shape[0] // groups
-    return next(
-        (n for n in (4, 2) if outputs % n == 0 and 0.65 * mask.reshape(-1, n, mask.shape[1]).any(1).mean() < mask.mean()), 1
-    )
+
+    def pays(count: int) -> bool:
+        return outputs % count == 0 and 0.65 * mask.reshape(-1, count, mask.shape[1]).any(1).mean() < mask.mean()
+
+    return next(n for n in GROUPS if n == 1 or pays(n))

@@ -35,20 +35,19 @@ def forward_sum(
         tables: of these weights, made before.
         gradient: whether it is for the gradient, where a weight takes a vector of the cache.
     """
+    order = kept.patterns()
+    own = order[:, 0]
     phases, places = [], []
-    sides = zip(kernel, (kept.rows, kept.columns), window.stride, window.padding, window.dilation, strict=True)
+    sides = zip(kernel, (kept.rows[own], kept.columns[own]), window.stride, window.padding, window.dilation, strict=True)
     for size, used, s, p, d in sides:
         phases.append(sorted({(d * i - p) % s for i in range(size)}))
         places.append((np.searchsorted(phases[-1], (d * used - p) % s), (d * used - p) // s))
-    order = np.flatnonzero(kept.outputs % kept.group == 0)  # those of the first output of every group, and of its others
-    first = kept.outputs[order]
-    order = order[:, None] + np.arange(kept.group) * np.bincount(kept.outputs, minlength=1)[first][:, None]
-    (row_phase, rows), (column_phase, columns) = (tuple(of[order[:, 0]] for of in place) for place in places)
+    (row_phase, rows), (column_phase, columns) = places
     part = Part(
         target=y,
         shift=0,
-        outputs=first // kept.group,
-        inputs=kept.inputs[order[:, 0]],
+        outputs=kept.outputs[own] // kept.group,
+        inputs=kept.inputs[own],
         order=order,
         index=kept.index,
         planes=row_phase * len(phases[1]) + column_phase,

@@ -62,46 +62,15 @@ class Prepared:
             source, parts, last = in_rows(source, parts[0])
         else:
             last = 0
-        images, channels, source_rows, source_columns = source.shape
-        phases, stride = parts[0].phases, parts[0].stride
         planes = planes_of(source, parts, machine, at_will=bool(last))
         self._tables: list[Any] = []
         self.records = (Sum * len(parts))()
         for number, (record, part) in enumerate(zip(self.records, parts, strict=True)):
-            record.images, record.channels = images, channels
-            record.source_rows, record.source_columns = source_rows, source_columns
-            record.source_image, record.source_channel, record.source_row, record.source_column = source.strides
-            _, record.outputs, record.rows, record.columns = part.target.shape
-            record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
-            record.last_columns, record.shift = last or record.columns, part.shift
-            record.stride_rows, record.stride_columns = stride
-            record.phases, record.weights, record.elements = len(phases), part.order.size, part.elements
-            for name in ("above", "below", "lead", "pitch", "height", "distance", "together", "band"):
-                setattr(record, name, getattr(planes, name))
-            record.by_chunk = planes.pieces < threads()
-            record.group = part.order.shape[1]
-            groups = record.outputs // record.group
-            record.tile, block, _ = cut(
-                machine,
-                len(part.order),
-                groups,
-                channels,
-                height=1 + planes.above + planes.below,
-                flat=planes.run,
-                pitch=planes.pitch,
-                blocked=part.blocked,
-                miss=1.2,
-            )
-            most = machine.tiles[record.group]  # a tile is gone through in so many vectors
-            record.tile = max(record.tile // most * most, min(record.tile, most))
-            chunks = 4 * threads() if record.by_chunk else 1
-            most = 1 << 15
-            if gradient:
-                chunks = max(chunks, record.outputs * planes.run * 16 // machine.next_cache)
-                most = machine.next_cache // (256 * record.group) * -(-channels // block)
-            key = (number, planes.lead, planes.pitch, planes.distance, block, most, chunks, gradient)
+            _lay_out(record, source, part, planes, last)
+            record.tile, *division = _divided(record, part, planes, machine, gradient=gradient)
+            key = (number, planes.lead, planes.pitch, planes.distance, *division, gradient)
             if key not in tables:
-                order = order_of(part.outputs, part.inputs, groups, block, most, chunks)
+                order = order_of(part.outputs, part.inputs, record.outputs // record.group, *division)
                 tables[key] = _tables(part, planes, order)
             self._tables.append(tables[key])
             record.blocks, record.chunks, record.widest, own = tables[key]
@@ -117,6 +86,43 @@ class Prepared:
         """Write the gradient of the weight, of that of the target, to `weight`: 0 where nothing is kept."""
         given = (source.data_ptr(), target.data_ptr(), weight.data_ptr())
         _check(library.sparsify_sum_gradient(self.records, *given, threads()))
+
+
+def _lay_out(record: Sum, source: Lying, part: Part, planes: Planes, last: int) -> None:
+    """Say in a record how source, target and planes lie; `last` is of pixels in the last row, 0 where it is full."""
+    record.images, record.channels, record.source_rows, record.source_columns = source.shape
+    record.source_image, record.source_channel, record.source_row, record.source_column = source.strides
+    _, record.outputs, record.rows, record.columns = part.target.shape
+    record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
+    record.last_columns, record.shift = last or record.columns, part.shift
+    record.stride_rows, record.stride_columns = part.stride
+    record.phases, record.weights, record.elements = len(part.phases), part.order.size, part.elements
+    for name in ("above", "below", "lead", "pitch", "height", "distance", "together", "band"):
+        setattr(record, name, getattr(planes, name))
+    record.group = part.order.shape[1]
+    record.by_chunk = planes.pieces < threads()
+
+
+def _divided(record: Sum, part: Part, planes: Planes, machine: Machine, *, gradient: bool) -> tuple[int, int, int, int]:
+    """Return the vectors of a tile, the channels of a block, the most weights of a chunk, and the least chunks."""
+    tile, block, _ = cut(
+        machine,
+        len(part.order),
+        record.outputs // record.group,
+        record.channels,
+        height=1 + planes.above + planes.below,
+        flat=planes.run,
+        pitch=planes.pitch,
+        blocked=part.blocked,
+        miss=1.2,
+    )
+    at_once = machine.tiles[record.group]  # vectors of a tile that are gone through together
+    tile = max(tile // at_once * at_once, min(tile, at_once))
+    chunks, most = 4 * threads() if record.by_chunk else 1, 1 << 15
+    if gradient:
+        chunks = max(chunks, record.outputs * planes.run * 16 // machine.next_cache)
+        most = machine.next_cache // (256 * record.group) * -(-record.channels // block)
+    return tile, block, most, chunks
 
 
 def _tables(part: Part, planes: Planes, order: Order) -> tuple[int, int, int, dict[str, np.ndarray]]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+GROUPS = (4, 2, 1)  # how many outputs that follow each other the kernels can sum up together
+
 
 def with_pixels(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a weight's shape with rows and columns: 1 for a linear layer, and one row for a convolution along a line."""
@@ -54,7 +56,7 @@ class Kept:
         rows, columns: of the kernel.
         index: in the weight as it is stored, ascending, as outputs do.
         elements: of that.
-        group: consecutive outputs that share a pattern: 4, 2 or 1.
+        group: consecutive outputs that share a pattern: one of `GROUPS`.
     """
 
     outputs: np.ndarray
@@ -82,6 +84,12 @@ class Kept:
         inputs = inputs + outputs // (mask.shape[0] // groups) * mask.shape[1]
         return Kept(outputs, inputs, rows, columns, index.astype(np.int32), mask.size, _sharing(mask, groups))
 
+    def patterns(self) -> np.ndarray:
+        """Return the weights that the outputs of a group have at one place: (patterns, group) int, ascending by the first."""
+        first = np.flatnonzero(self.outputs % self.group == 0)
+        per_output = np.bincount(self.outputs, minlength=1)[self.outputs[first]]
+        return first[:, None] + np.arange(self.group) * per_output[:, None]
+
     def alone(self) -> "Kept":
         """Return the same weights where their values are stored alone, without any zeros between."""
         return replace(self, index=np.arange(len(self.index), dtype=np.int32), elements=len(self.index))
@@ -94,4 +102,4 @@ def _sharing(mask: np.ndarray, groups: int) -> int:
     def shared(rows: np.ndarray, count: int) -> bool:
         return all((rows[0::count] == rows[other::count]).all() for other in range(1, count))
 
-    return next((n for n in (4, 2) if outputs % n == 0 and shared(rows[:64], n) and shared(rows, n)), 1)
+    return next(n for n in GROUPS if outputs % n == 0 and shared(rows[:64], n) and shared(rows, n))

@@ -30,10 +30,11 @@ class Segment(nn.Module):
         super().__init__()
         self.training = False
         self.program = program.to_json()
-        channels = (shape[-1 if last else 1] for shape, last in zip(shapes, program.inputs, strict=True))
-        flat = all(op.kind in _ROW_BY_ROW for op in program.ops)  # any rank will do
-        ranks = (0 if flat and last else len(shape) for shape, last in zip(shapes, program.inputs, strict=True))
-        self._given = [(r, -1 if last else 1, c) for r, last, c in zip(ranks, program.inputs, channels, strict=True)]
+        any_rank = all(op.kind in _ROW_BY_ROW for op in program.ops)
+        self._given = []  # of each input: its rank, 0 where any will do, where channels are, and how many
+        for shape, last in zip(shapes, program.inputs, strict=True):
+            dim = -1 if last else 1
+            self._given.append((0 if any_rank and last else len(shape), dim, shape[dim]))
         self._single = len(program.outputs) == 1
         values, bits = constants.tensors()
         self.register_buffer("values", values)
@@ -64,6 +65,6 @@ class Segment(nn.Module):
 
 
 def refuse_lowered(model: nn.Module, name: str) -> None:
-    """Raise ValueError for a model of `lower`, whose layers are programs."""
+    """Raise ValueError for a model of `lower` with layers that are programs."""
     if any(isinstance(module, Segment) for module in model.modules()):
         raise ValueError(f"{name}() takes a model as it was before lower(), whose layers can be seen.")

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from passes.capture.captured import Captured, is_there
 from passes.masking.mask import Mask, masks_of
 from passes.masking.norms import join_norms_
-from passes.masking.products import SIDES, sparse_product
+from passes.masking.products import SIDES, may_run, sparse_product
 
 KERNELS = ("auto", "masked", "sparse")
 _FUNCTIONS = (F.linear, F.conv1d, F.conv2d)
@@ -98,5 +98,6 @@ def multiplied(mask: Mask, function: str, input: Tensor, weight: Tensor, bias: T
         **sides: the other arguments of a convolution.
     """
     given = () if function == "linear" else tuple((SIDES | sides).values())
-    result = sparse_product(mask, input, weight, bias, given, function)
-    return getattr(F, function)(input, mask(weight), bias, **sides) if result is None else result
+    if may_run(mask) and (result := sparse_product(mask, input, weight, bias, given, function)) is not None:
+        return result
+    return getattr(F, function)(input, mask(weight), bias, **sides)

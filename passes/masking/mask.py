@@ -100,7 +100,7 @@ class Mask(Guest):
             role: PRODUCT, INNER, OUTER or BESIDE, where one of them holds.
             source: the parameter, masked, with the last two.
         """
-        if self.compressed and is_compressed(weight, self.mask):  # functional_call may bring a whole one
+        if self._is_values(weight):
             self.check_places()
             dense = torch.is_grad_enabled() and self.dense_gradient and (torch.compiler.is_compiling() or is_plain(weight))
             return expand_in_step(weight, self.mask) if dense else expand(weight, self.mask)
@@ -139,10 +139,14 @@ class Mask(Guest):
 
     def saved(self, weight: Tensor) -> Tensor:
         """Return the whole of a compressed parameter."""
-        if not (self.compressed and is_compressed(weight, self.mask)):
+        if not self._is_values(weight):
             return weight
         self.check_places()
         return expand(weight, self.mask)
+
+    def _is_values(self, weight: Tensor) -> bool:
+        """Whether a weight is a compressed parameter's values: `functional_call` may bring a whole one in its place."""
+        return self.compressed and is_compressed(weight, self.mask)
 
     def load(self, weight: nn.Parameter, state_dict: dict[str, Any], name: str) -> None:
         """Let a compressed parameter take the values that a state_dict's mask keeps, from there or from itself."""
@@ -166,7 +170,7 @@ class Mask(Guest):
 
         Where the mask was written too, as by averages that take it over from their model, they become 0. Waits for the device.
         """
-        if self.compressed and is_compressed(weight, self.mask):
+        if self._is_values(weight):
             self.check_places()
             return True
         if weight.is_meta or weight.is_inference() or is_sharded(weight):

@@ -25,12 +25,13 @@ SIDES = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # what convolut
 def sparse_layer(module: Any, x: Tensor) -> Tensor | None:
     """Return what a layer of torch.nn computes with its kept weights only; None if it is to run the masked weight."""
     mask, weight = module._modules.get("weight_mask"), module._parameters.get("weight")
-    if not isinstance(mask, Mask) or weight is None or not _may_run(mask):  # hooks may have put a tensor in its place
+    if not isinstance(mask, Mask) or weight is None or not may_run(mask):  # hooks may have put a tensor in its place
         return None
-    return sparse_product(mask, x, weight, masked(module, "bias"), _sides(module), type(module).__name__, why_masked(module))
+    return sparse_product(mask, x, weight, masked(module, "bias"), _sides(module), type(module).__name__, _own_code(module))
 
 
-def _may_run(mask: Mask) -> bool:
+def may_run(mask: Mask) -> bool:
+    """Whether products with a weight may be of its kept values only, as it is used now."""
     return mask.kernels != "masked" and (mask.training or mask.compressed)
 
 
@@ -40,7 +41,7 @@ def sparse_product(
     """Return a product with kept weights only; None if the masked weight is to be multiplied.
 
     Args:
-        mask: of the weight.
+        mask: of the weight, which `may_run`.
         x: what it is multiplied with.
         weight: the parameter, whole or compressed.
         bias: a tensor or None.
@@ -48,8 +49,6 @@ def sparse_product(
         name: of the layer or function.
         problem: why it cannot be, if that is known.
     """
-    if not _may_run(mask):
-        return None
     problem = problem or _problem(mask, x, weight, bias, sides)
     if problem:
         if mask.kernels == "sparse" and not torch.compiler.is_compiling():
@@ -72,15 +71,20 @@ def _say(text: str) -> None:
 
 def why_masked(module: Any) -> str:
     """Return why a layer runs the masked weight whatever its input is, or nothing."""
+    return _own_code(module) or _why_masked(module._parameters["weight"], _sides(module))
+
+
+def _own_code(module: Any) -> str:
+    """Return why what a layer runs is none of the functions that the sums compute, or nothing."""
     if not is_builtin(module) or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         return "they are no linear layer, or convolution along one or two dimensions, of torch.nn"
     if isinstance(module, nn.Linear):
-        return _why_masked(module._parameters["weight"], ())
+        return ""
     if module.padding_mode != "zeros":
         return "a convolution pads with other numbers than zeros"
     if type(module)._conv_forward not in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
         return "_conv_forward is not torch's"
-    return _why_masked(module._parameters["weight"], _sides(module))
+    return ""
 
 
 def _why_masked(weight: Any, sides: Sequence[Any]) -> str:
@@ -107,10 +111,8 @@ def _problem(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[A
         return "shapes do not fit"
     if torch.compiler.is_compiling():
         return ""
-    if (
-        not all(map(is_plain, (x, weight) if bias is None else (x, weight, bias)))
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not all(map(is_plain, given)) or torch.autograd.forward_ad._current_level >= 0:
         return "torch.func or forward-mode derivatives are at work"
     return "" if native() is not None else "there are no native loops"
 
@@ -148,7 +150,7 @@ def choice_of(module: nn.Module, x: Tensor) -> Choice:
     """Return what a masked layer of torch.nn runs in training on an input, and why."""
     mask: Any = module._modules["weight_mask"]
     weight: Any = module._parameters["weight"]
-    if problem := why_masked(module) or _problem(mask, x, weight, masked(module, "bias"), _sides(module)):
+    if problem := _own_code(module) or _problem(mask, x, weight, masked(module, "bias"), _sides(module)):
         return Choice("masked", problem, 0.0)
     predicted = _gain(mask, x, _sides(module))
     if mask.kernels == "masked":

@@ -93,7 +93,7 @@ constexpr auto kTiles = tiles_of<Group>(std::make_integer_sequence<int, tile_siz
 inline void convolve(const Step &step, float *arena, int64_t item) {
   const int64_t vectors = (length(step) + kLanes - 1) / kLanes, tiles = (vectors + step.grain - 1) / step.grain;
   const int64_t begin = item % tiles * step.grain, size = std::min(step.grain, vectors - begin);
-  const Tile tile = step.group == 4 ? kTiles<4>[size - 1] : step.group == 2 ? kTiles<2>[size - 1] : kTiles<1>[size - 1];
+  const Tile tile = by_group(step.group, [&](auto group) { return kTiles<group>[size - 1]; });
   tile(step, arena, item / tiles, begin * kLanes);
 }
 

@@ -246,7 +246,7 @@ template <int Group>
 constexpr auto kSumTiles = sum_tiles<Group>(std::make_integer_sequence<int, tile_size(Group)>());
 
 inline auto sum_tile_of(const Sum &s, int64_t size) {
-  return s.group == 4 ? kSumTiles<4>[size - 1] : s.group == 2 ? kSumTiles<2>[size - 1] : kSumTiles<1>[size - 1];
+  return by_group(s.group, [&](auto group) { return kSumTiles<group>[size - 1]; });
 }
 
 // What a thread does is the same in every call with as many threads, so that results are the same to the bit.
@@ -329,7 +329,7 @@ inline void sum_gradient(const Sum &s, const float *source, const float *target,
           exchange<false>(s, p, const_cast<float *>(target) + first * s.group * s.target_channel, gradients + at, stride, outputs,
                           at, std::min(at + step, p.run));
         const int32_t *start = s.starts + first * s.blocks;
-        const auto gradient_tile = s.group == 4 ? gradient_tile_of<4> : s.group == 2 ? gradient_tile_of<2> : gradient_tile_of<1>;
+        const auto gradient_tile = by_group(s.group, [](auto group) { return &gradient_tile_of<group>; });
         for (int64_t b = 0; b < s.blocks; ++b, start += groups) {
           const int64_t base = start[0] * s.group, lanes = (start[groups] * s.group - base) * kLanes;
           float *own = found[thread].data() + base, *partial = stride > step ? scratch(2, lanes) : nullptr;

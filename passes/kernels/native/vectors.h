@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sparsify {
 
@@ -20,6 +21,13 @@ constexpr int kLanes = 4, kSums = 12;
 
 constexpr int kLargest = 14;  // vectors of pixels in a tile, at most
 constexpr int tile_size(int group) { return kSums / group < kLargest ? kSums / group : kLargest; }
+
+// What a function returns for the number of outputs that share a pattern, 1, 2 or 4, as a constant.
+template <typename Function>
+auto by_group(int64_t group, Function function) {
+  if (group == 4) return function(std::integral_constant<int, 4>());
+  return group == 2 ? function(std::integral_constant<int, 2>()) : function(std::integral_constant<int, 1>());
+}
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
