@@ -40,6 +40,7 @@ RESULTS = HERE / "RESULTS.md"
 HEADING = "## Inference: lowered models against engines"  # a section for each kind of vectors
 PAUSE = 0.03  # seconds, in which threads of the engine before stop spinning
 LEAST = 3  # rounds
+DENSITIES, BATCHES = [0.2, 0.1, 0.05, 0.02], [1, 16]
 SLOW = 0.5  # seconds, beside which a first run matters little
 _DEEPSPARSE = """
 import sys, time, warnings
@@ -191,50 +192,68 @@ def measure(
     }
 
 
-def table(rows: list[tuple[str, dict[str, tuple[float, float]]]]) -> str:
+def cells(found: dict[str, tuple[float, float]]) -> dict[str, str]:
     """Return times over ours, and ours in milliseconds for one input; the fastest dense float32 engine stands beside."""
-    names = dict.fromkeys(engine for _, found in rows for engine in found if engine != "ours")
-    dense = [name for name in names if name not in ("deepsparse", "torch.sparse", "openvino, own format")]
-    cells = []
-    for row, found in rows:
-        fastest = min((found[name][1], name) for name in dense if name in found)
-        ratios = [f"{found[name][1]:.2f}" if name in found else "-" for name in names]
-        cells.append((row, f"{found['ours'][0]:.1f}", f"{fastest[0]:.2f} ({fastest[1]})", *ratios))
-    return tabulate(cells, ["network", "ours, ms", "fastest dense", *names], "github", disable_numparse=True)
+    dense = [name for name in found if name not in ("ours", "deepsparse", "torch.sparse", "openvino, own format")]
+    fastest = min((found[name][1], name) for name in dense)
+    ratios = {name: f"{ratio:.2f}" for name, (_, ratio) in found.items() if name != "ours"}
+    return {"ours, ms": f"{found['ours'][0]:.1f}", "fastest dense": f"{fastest[0]:.2f} ({fastest[1]})", **ratios}
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """Return the rows as a table, in the order of a whole run."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    every = [name for name, *_ in cases(list(MODELS), None, DENSITIES, BATCHES)]
+    places = {name: place for place, name in enumerate(every)}
+    names = sorted(rows, key=lambda name: places.get(name, len(places)))
+    lines = [(name, *(rows[name].get(column, "-") for column in columns)) for name in names]
+    return tabulate(lines, ["network", *columns], "github", disable_numparse=True)
+
+
+def written(facts: str) -> dict[str, dict[str, str]]:
+    """Return the rows that RESULTS.md has of runs on the same machine with the same versions."""
+    _, found, rest = RESULTS.read_text().partition(facts)
+    lines = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")] if found else []
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: dict(zip(split[0][1:], row, strict=True)) for name, *row in split[2:]}
+
+
+def cases(
+    models: list[str], distributions: list[str] | None, densities: list[float], batches: list[int]
+) -> list[tuple[str, str, float, str, int]]:
+    """Return the rows to measure: (row, model, density, distribution, batch)."""
+    return [
+        (f"{model}, {distribution} {density:g}, batch {batch}", model, density, distribution, batch)
+        for model in models
+        for distribution in distributions or ("uniform", *(("erk",) if model == "resnet50" else ()))
+        for density in densities
+        for batch in batches
+    ]
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05, 0.02])
+    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--distributions", nargs="+", help="uniform where not given, and erk of ResNet-50")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the rounds of a row")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for the rounds of a row")
     parser.add_argument("--no-peer", action="store_true", help="leave DeepSparse out")
-    parser.add_argument("--write", action="store_true", help="replace the section in RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into RESULTS.md, beside those of earlier runs here")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
-    for name in args.models:
-        for distribution in args.distributions or ("uniform", *(("erk",) if name == "resnet50" else ())):
-            for density in args.densities:
-                for batch in args.batches:
-                    row = f"{name}, {distribution} {density:g}, batch {batch}"
-                    print(row, file=sys.stderr, flush=True)
-                    rows.append((row, measure(name, density, distribution, batch, args.seconds, not args.no_peer)))
-                    _report(rows, args.seconds, args.write)
-
-
-def _report(rows: list[tuple[str, dict[str, tuple[float, float]]]], seconds: float, write: bool) -> None:
-    """Print the rows so far, and write them into RESULTS.md."""
-    facts = f"{processor()}, {torch.get_num_threads()} threads, {seconds:g} s a row, torch {torch.__version__}, "
+    facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
     facts += f"onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.split('-')[0]}"
     heading = f"{HEADING}, {torch.backends.cpu.get_cpu_capability()}"
-    text = f"{heading}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
-    print(text)
-    if write:
-        write_section(RESULTS, heading, text)
+    rows = written(facts) if args.write else {}
+    for row, model, density, distribution, batch in cases(args.models, args.distributions, args.densities, args.batches):
+        print(row, file=sys.stderr, flush=True)
+        rows[row] = cells(measure(model, density, distribution, batch, args.seconds, not args.no_peer))
+        text = f"{heading}\n\nTimes of engines over ours; {facts}.\n\n{table(rows)}\n"
+        print(text, flush=True)
+        if args.write:
+            write_section(RESULTS, heading, text)
 
 
 if __name__ == "__main__":

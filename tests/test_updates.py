@@ -75,8 +75,11 @@ def test_select_on_large_layers(n: int, dtype: torch.dtype, zeros: float) -> Non
     tensor[torch.arange(n) % 9 != 4] *= 0 if zeros else 1
     among = torch.rand(n, generator=generator) < 0.5
     for k in (1, n // 100, int(among.sum())):
-        cpu, device = (f(tensor, k, among) for f in (_select_on_cpu, _select_on_device))
-        assert torch.equal(cpu, device)
+        for lowest in (False, True):
+            cpu, device = (f(tensor, k, among, lowest) for f in (_select_on_cpu, _select_on_device))
+            assert torch.equal(cpu, device)
+            apart = torch.stack([tensor, tensor], 1)[:, 0]  # numbers that do not touch are left to numpy
+            assert torch.equal(_select_on_cpu(apart, k, among, lowest), device)
         assert int(cpu.sum()) == k
 
 

@@ -2,12 +2,37 @@
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from passes.kernels.compiler import threads
 from passes.kernels.windows import GROUPS, Window, with_pixels
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a processor takes, in cycles, fitted to layers of ResNet-50.
+
+    Attributes:
+        visit: to begin and end the sums of an output over a block of channels.
+        sums: of each vector of them.
+        near: the share of the nearest cache that a block may take.
+        aligned: to multiply a vector and add it to a sum, by how many outputs share a pattern, where vectors begin at lines of
+            the cache: of kernels of one pixel.
+        shifted: the same where they begin anywhere.
+    """
+
+    visit: float
+    sums: float
+    near: float
+    aligned: dict[int, float]
+    shifted: dict[int, float]
+
+
+_WIDE = Pace(14, 1.8, 0.9, {1: 0.55, 2: 0.36, 4: 0.36}, {1: 0.55, 2: 0.36, 4: 0.36})  # a Sapphire Rapids
+_NARROW = Pace(10, 0.6, 0.7, {1: 0.55, 2: 0.47, 4: 0.42}, {1: 0.62, 2: 0.53, 4: 0.36})  # a Zen 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,15 @@ class Work:
 
 
 def choose(
-    machine: Machine, mask: np.ndarray, shape: tuple[int, ...], flat: int, pitch: int, groups: int, *, single: bool
+    machine: Machine,
+    mask: np.ndarray,
+    shape: tuple[int, ...],
+    heights: Sequence[int],
+    flat: int,
+    pitch: int,
+    groups: int,
+    *,
+    single: bool,
 ) -> Work:
     """Return how a convolution is cut.
 
@@ -64,6 +97,7 @@ def choose(
         machine: what it runs on.
         mask: its kept weights: (outputs, elements).
         shape: of its weight.
+        heights: of each plane of a channel, how many rows a row of outputs looks at.
         flat: numbers from the first pixel to the last.
         pitch: numbers from one row to the next.
         groups: convolution groups.
@@ -72,24 +106,29 @@ def choose(
     parts = 8 * threads() if threads() > 1 else 1
     if single:
         return Work(1, 1, 1 << 30, np.inf, parts, 0.7 * float(mask.sum()))
-    total = -(-flat // machine.lanes)
-    group = _group(mask, groups)
-    kept = float(mask.reshape(-1, group, mask.shape[1]).any(1).sum()) if group > 1 else float(mask.sum())
-    vectors, channels, cycles = cut(
-        machine,
-        kept,
-        shape[0] // group,
-        shape[1],
-        height=shape[2] if len(shape) == 4 else 1,
-        flat=flat,
-        pitch=pitch,
-        blocked=groups == 1,
-        group=group,
-    )
-    tiles = -(-total // vectors)
-    # Weights of a chunk stay in the next cache while tiles take turns.
-    chunk = np.inf if tiles == 1 else 16384
-    return Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), cycles)
+    found = []
+    for group in GROUPS:
+        if shape[0] // groups % group:
+            continue
+        # Outputs that share a pattern multiply what any of them keeps.
+        patterns = mask if group == 1 else mask.reshape(-1, group, mask.shape[1]).any(1)
+        vectors, channels, cycles = cut(
+            machine,
+            float(np.count_nonzero(patterns)),
+            shape[0] // group,
+            shape[1],
+            heights=heights,
+            flat=flat,
+            pitch=pitch,
+            blocked=groups == 1,
+            group=group,
+            shifted=math.prod(shape[2:]) > 1,
+        )
+        tiles = -(-flat // (machine.lanes * vectors))
+        # Weights of a chunk stay in the next cache while tiles take turns.
+        chunk = np.inf if tiles == 1 else 16384
+        found.append(Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), cycles))
+    return min(found, key=lambda work: work.cycles)
 
 
 def cut(
@@ -98,11 +137,12 @@ def cut(
     outputs: float,
     channels: int,
     *,
-    height: int,
+    heights: Sequence[int],
     flat: int,
     pitch: int,
     blocked: bool = True,
     group: int = 1,
+    shifted: bool = True,
     miss: float = 0.2,
 ) -> tuple[int, int, float]:
     """Return how a sum over kept weights is cut: vectors of pixels in a tile, input channels of a block, and about the cycles.
@@ -112,26 +152,27 @@ def cut(
         kept: weights, of as many outputs as share a pattern.
         outputs: how many, by patterns.
         channels: that each of them looks at.
-        height: rows of the kernel.
+        heights: of each plane of a channel, how many rows a row of outputs looks at.
         flat: numbers from the first pixel to the last.
         pitch: numbers from one row to the next.
         blocked: whether there may be several blocks.
         group: outputs that share a pattern.
+        shifted: whether vectors of pixels begin anywhere in lines of the cache.
         miss: cycles of a vector that comes from the next cache, if few of a block's are looked at.
     """
     total = -(-flat // machine.lanes)
     # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
     swept = min(1.0, kept / max(1.0, outputs * channels))
-    best, found = np.inf, 1
+    best, found, pace = np.inf, 1, _WIDE if machine.lanes == 16 else _NARROW
     vectors = _tile(total, machine.tiles[group])
     run, tiles = vectors * machine.lanes, -(-total // vectors)
-    reach = min(height * (run + 8), run + (height - 1) * pitch + 8) * 4
-    load = 0.55 if group == 1 else 0.36 * group
+    reach = 4 * sum(min(height * (run + 8), run + (height - 1) * pitch + 8) for height in heights)
+    load = group * (pace.shifted if shifted else pace.aligned)[group]
     for blocks in _blocks(channels) if blocked else (1,):
-        near = min(1.0, 0.9 * machine.cache * blocks / (reach * channels))
+        near = min(1.0, pace.near * machine.cache * blocks / (reach * channels))
         behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach * channels))
         per_vector = load + (miss + 0.9 * swept) * (1 - near) + 3 * behind
-        cost = tiles * (blocks * outputs * (14 + 1.8 * vectors * group) + kept * (1 + vectors * per_vector))
+        cost = tiles * (blocks * outputs * (pace.visit + pace.sums * vectors * group) + kept * (1 + vectors * per_vector))
         if cost < best:
             best, found = cost, blocks
     return vectors, -(-channels // found) if blocked else 1 << 30, float(best)
@@ -183,13 +224,3 @@ COPIED = 0.5  # cycles for a number that is copied or combined with another
 
 def _blocks(channels: int) -> list[int]:
     return [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if n == 1 or channels // n >= 8]
-
-
-def _group(mask: np.ndarray, groups: int) -> int:
-    """Return how many outputs share a pattern: several, if it is faster that all of them multiply what any of them keeps."""
-    outputs = mask.shape[0] // groups
-
-    def pays(count: int) -> bool:
-        return outputs % count == 0 and 0.65 * mask.reshape(-1, count, mask.shape[1]).any(1).mean() < mask.mean()
-
-    return next(n for n in GROUPS if n == 1 or pays(n))

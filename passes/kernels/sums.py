@@ -110,7 +110,7 @@ def _divided(record: Sum, part: Part, planes: Planes, machine: Machine, *, gradi
         len(part.order),
         record.outputs // record.group,
         record.channels,
-        height=1 + planes.above + planes.below,
+        heights=[1 + planes.above + planes.below] * len(part.phases),
         flat=planes.run,
         pitch=planes.pitch,
         blocked=part.blocked,

@@ -185,7 +185,7 @@ class _Planner:
         mask, groups = mask_of(weight, self._bits), (op.options or {}).get("groups", 1)
         flat = (shape.rows - 1) * lying.pitch + shape.columns
         single = lying.distance == 1  # planes are one pixel
-        work = choose(self._machine, mask, weight.shape, flat, lying.pitch, groups, single=single)
+        work = choose(self._machine, mask, weight.shape, window.heights(), flat, lying.pitch, groups, single=single)
         dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
         kernel = "dots" if single else "sparse" if work.group == 1 else "shared"
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))

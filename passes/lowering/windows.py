@@ -46,6 +46,13 @@ class Window:
         """Return the phases of the stride of rows (0) or columns (1) at which something is looked at."""
         return sorted({self.dilation[side] * k % self.stride[side] for k in range(self.kernel[side])})
 
+    def heights(self) -> list[int]:
+        """Return for every plane of a channel how many of its rows a row of outputs looks at."""
+        if self.direct:
+            return [self.kernel[0]]
+        rows = [self.dilation[0] * k % self.stride[0] for k in range(self.kernel[0])]
+        return [rows.count(phase) for phase in self.phases(0) for _ in self.phases(1)]
+
     def places(self, pitch: int) -> list[tuple[int, int]]:
         """Return for every pixel of the kernel the plane where it is, and where it is from pixel (0, 0) of that plane.
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from passes.kernels.compiler import native
+
 _SAMPLES = 8192  # enough to bracket a threshold within about 1% of a layer
 _CHUNK = 1 << 18  # elements: what one chunk needs stays in the cache
 
@@ -60,8 +62,13 @@ def _select_on_cpu(scores: Tensor, k: int, among: Tensor, lowest: bool = False) 
 
 
 def _split(scores: Tensor, lowest: bool, among: Tensor, low: float, high: float) -> tuple[np.ndarray, ...]:
-    """Score chunk by chunk; return where scores exceed `high`, and index and score of those from `low` to `high`."""
+    """Return where scores exceed `high`, and index and score of those from `low` to `high`: natively, or chunk by chunk."""
     chosen = np.empty(scores.shape, dtype=bool)
+    if scores.dtype is torch.float32 and scores.is_contiguous() and among.is_contiguous() and (library := native()):
+        room = np.empty(scores.shape, np.int64)  # of which little is touched
+        places = (chosen.ctypes.data, room.ctypes.data)
+        count = library.sparsify_split(scores.data_ptr(), among.data_ptr(), len(scores), lowest, low, high, *places)
+        return chosen, room[:count], _ranks(torch.from_numpy(scores.numpy()[room[:count]]), lowest)
     positions, candidates = [], []
     for start in range(0, len(scores), _CHUNK):
         values, inside = _ranks(scores[start : start + _CHUNK], lowest), among[start : start + _CHUNK].numpy()

@@ -13,14 +13,22 @@ template <int Group, int Size>
 struct Sums {
   Vector values[Group][Size];
 
+  // What there is less of, weights or pixels, stays in registers beside the sums.
   void add(const float *weights, const float *pixels) {
-    Vector x[Size];
-    if constexpr (Group > 1) {
+    if constexpr (Group <= Size) {
+      Vector weight[Group];
+      UNROLLED for (int r = 0; r < Group; ++r) weight[r] = splat(weights[r]);
+      UNROLLED for (int v = 0; v < Size; ++v) {
+        const Vector x = load(pixels + v * kLanes);
+        UNROLLED for (int r = 0; r < Group; ++r) values[r][v] += weight[r] * x;
+      }
+    } else {
+      Vector x[Size];
       UNROLLED for (int v = 0; v < Size; ++v) x[v] = load(pixels + v * kLanes);
-    }
-    UNROLLED for (int r = 0; r < Group; ++r) {
-      const Vector weight = splat(weights[r]);
-      UNROLLED for (int v = 0; v < Size; ++v) values[r][v] += weight * (Group > 1 ? x[v] : load(pixels + v * kLanes));
+      UNROLLED for (int r = 0; r < Group; ++r) {
+        const Vector weight = splat(weights[r]);
+        UNROLLED for (int v = 0; v < Size; ++v) values[r][v] += weight * x[v];
+      }
     }
   }
 };

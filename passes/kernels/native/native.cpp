@@ -5,6 +5,7 @@
 
 #include "norms.h"
 #include "plan.h"
+#include "selection.h"
 #include "sums.h"
 #include "zeroing.h"
 
@@ -32,6 +33,12 @@ void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int
   if (width == 2) zero<uint16_t>(values, mask, count, threads);
   if (width == 4) zero<uint32_t>(values, mask, count, threads);
   if (width == 8) zero<uint64_t>(values, mask, count, threads);
+}
+
+// Find what is selected of scores, and candidates: see selection.h. Returns how many candidates.
+int64_t sparsify_split(const float *scores, const uint8_t *among, int64_t count, int32_t lowest, float low, float high,
+                       uint8_t *chosen, int64_t *positions) {
+  return (lowest ? split<true> : split<false>)(scores, among, count, low, high, chosen, positions);
 }
 
 // Make a plan of steps, whose tables must outlive it; `floats` is the size of an arena, `split` the first step that runs layer

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 namespace sparsify {
@@ -10,17 +11,24 @@ namespace sparsify {
 #define UNROLLED _Pragma("GCC unroll 32")  // what is in registers must be known by name
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kSums = 28;  // floats in a vector; vectors of sums that stay in registers
+constexpr int kLanes = 16, kRegisters = 32;  // floats in a vector
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kSums = 12;
+constexpr int kLanes = 8, kRegisters = 16;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kSums = 28;
+constexpr int kLanes = 4, kRegisters = 32;
 #else
-constexpr int kLanes = 4, kSums = 12;
+constexpr int kLanes = 4, kRegisters = 16;
 #endif
 
 constexpr int kLargest = 14;  // vectors of pixels in a tile, at most
-constexpr int tile_size(int group) { return kSums / group < kLargest ? kSums / group : kLargest; }
+
+// Vectors of pixels in a tile whose sums stay in registers, beside the weights of a group and a vector of pixels, or else beside
+// those pixels and a weight.
+constexpr int tile_size(int group) {
+  const int weights = (kRegisters - 1 - group) / group, pixels = (kRegisters - 1) / (group + 1);
+  const int most = weights > pixels ? weights : pixels;
+  return most < kLargest ? most : kLargest;
+}
 
 // What a function returns for the number of outputs that share a pattern, 1, 2 or 4, as a constant.
 template <typename Function>
