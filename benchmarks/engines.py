@@ -116,7 +116,9 @@ def engines(model: nn.Module, x: Tensor, peers: bool) -> Iterator[dict[str, Call
         calls["torch.sparse"] = lambda: matrices(x)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
+        torch.backends.mha.set_fastpath_enabled(False)  # which has no counterpart in ONNX
         torch.onnx.export(fold(model).eval(), (x,), path, opset_version=17, dynamo=False, input_names=["x"])  # DeepSparse's
+        torch.backends.mha.set_fastpath_enabled(True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

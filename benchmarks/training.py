@@ -147,6 +147,28 @@ def memory(name: str, density: float) -> list[str]:
     return [f"{name}, uniform {density:g}", *(f"{n / dense:.2f}" for n in (usual, most, usual + masks))]
 
 
+def updates(name: str, density: float) -> list[str]:
+    """Return a row: what an update costs beside ordinary steps, with the dense gradient before it and new tables after it."""
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    static, updating = (
+        _step(sparse, sparse, x)
+        for sparse in (_sparse(model, density, "uniform", method, "auto") for method in (Static(), RigL(interval=2)))
+    )
+    more, usual = [], []
+    for _ in range(1 + LEAST):  # the first warms up; of two steps the second is the update
+        times = []
+        for step in (static, updating):
+            begin = time.perf_counter()
+            step()
+            step()
+            times.append(time.perf_counter() - begin)
+        usual.append(times[0] / 2)
+        more.append(times[1] - times[0])
+    step, update = median(usual[1:]), median(more[1:])
+    return [f"{name}, uniform {density:g}", f"{1e3 * step:.0f}", f"{1e3 * update:.0f}", f"{update / step / 100:.1%}"]
+
+
 def measure(name: str, cases: list[tuple[str, float]], budget: float, compiled: bool) -> list[list[str]]:
     """Return a row for every distribution and density: how many times as long the fastest dense step takes."""
     torch.manual_seed(0)
@@ -212,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cases = [(distribution, density) for distribution in args.distributions for density in args.densities]
-    rows, profiles, bytes_held = [], [], []
+    rows, profiles, bytes_held, changes = [], [], [], []
     # A process for each model: compiled steps and their memory stay as long as it does.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in args.models:
@@ -222,6 +244,7 @@ def main() -> None:
             profiles.append(pool.submit(profiled, name).result())
         for name in args.models:
             bytes_held.append(pool.submit(memory, name, 0.1).result())
+            changes.append(pool.submit(updates, name, 0.1).result())
     heads = [
         "step",
         "auto, ms",
@@ -241,6 +264,11 @@ def main() -> None:
     )
     text += "whose dense gradient decides growth, and after a step with the masks, a byte per weight:\n\n"
     text += tabulate(bytes_held, ["model", "after a step", "at most", "with masks"], "github", disable_numparse=True)
+    text += (
+        "\n\nAn update beside ordinary steps: its dense gradient, the choice of weights, and the tables of new patterns:\n\n"
+    )
+    heads = ["model", "step, ms", "update, ms more", "of all steps' time, every 100"]
+    text += tabulate(changes, heads, "github", disable_numparse=True)
     text += "\n\n" + "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:

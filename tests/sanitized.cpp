@@ -1,4 +1,4 @@
-// Runs a plan from a file on threads that sanitizers can follow, and compares what comes out. Written for test_sanitizers.py.
+// Runs plans and sums from a file on threads that sanitizers can follow, and compares what comes out. For test_sanitizers.py.
 
 #include <cmath>
 #include <cstdio>
@@ -24,58 +24,104 @@ void start(void (*work)(void *), void *data, unsigned count, unsigned) {
   for (auto &thread : others) thread.join();
 }
 
-template <typename T>
-std::vector<T> take(const char *&from, int64_t count) {
-  std::vector<T> result(count);
-  std::memcpy(result.data(), from, count * sizeof(T));
-  from += count * sizeof(T);
-  return result;
+// A file: how many vectors follow, and for each its bytes, then these.
+class Reader {
+ public:
+  explicit Reader(const char *path) {
+    std::ifstream file(path, std::ios::binary);
+    content_.assign(std::istreambuf_iterator<char>(file), {});
+    at_ = content_.data();
+  }
+
+  template <typename T>
+  std::vector<T> take() {
+    int64_t bytes;
+    std::memcpy(&bytes, at_, 8);
+    std::vector<T> result(bytes / sizeof(T));
+    std::memcpy(result.data(), at_ + 8, bytes);
+    at_ += 8 + bytes;
+    return result;
+  }
+
+  // Records whose pointers, at some places, are distances into tables, or 0 for none.
+  template <typename T>
+  std::vector<T> records(std::vector<char> &tables) {
+    auto found = take<T>();
+    const auto places = take<int64_t>();
+    tables = take<char>();
+    for (auto &record : found)
+      for (const int64_t place : places) {
+        int64_t distance;
+        char *field = reinterpret_cast<char *>(&record) + place;
+        std::memcpy(&distance, field, 8);
+        const char *address = distance ? tables.data() + distance - 1 : nullptr;
+        std::memcpy(field, &address, 8);
+      }
+    return found;
+  }
+
+ private:
+  std::vector<char> content_;
+  const char *at_;
+};
+
+int different(const std::vector<float> &a, const std::vector<float> &b) {
+  int wrong = a.size() != b.size();
+  for (size_t i = 0; i < a.size() && !wrong; ++i) wrong += !(std::abs(a[i] - b[i]) <= 1e-4f * (1.f + std::abs(b[i])));
+  return wrong;
+}
+
+int run_plan(Reader &file, int32_t threads) {
+  std::vector<char> tables;
+  auto steps = file.records<Step>(tables);
+  const auto sizes = file.take<int64_t>();  // of an arena, of the first part, of a batch
+  const auto inputs = file.take<float>(), expected = file.take<float>();
+  void *plan = sparsify_plan(steps.data(), static_cast<int64_t>(steps.size()), sizes[0], sizes[1]);
+  const float *source = inputs.data();
+  int wrong = 0;
+  const auto call = [&](int32_t team) {
+    std::vector<float> output(expected.size());
+    float *target = output.data();
+    sparsify_run(plan, &source, &target, sizes[2], team, nullptr);
+    return different(output, expected);
+  };
+  wrong += call(threads);
+  std::thread other([&] { call(1); });
+  wrong += call(threads);  // at the same time
+  other.join();
+  sparsify_forget(plan);
+  return wrong;
+}
+
+int run_sum(Reader &file, int32_t threads, bool gradient) {
+  std::vector<char> tables;
+  const auto sums = file.records<Sum>(tables);
+  const auto source = file.take<float>(), given = file.take<float>(), expected = file.take<float>();
+  std::vector<float> found(expected.size());
+  if (gradient)
+    sparsify_sum_gradient(sums.data(), source.data(), given.data(), found.data(), threads);
+  else
+    sparsify_sum(sums.data(), static_cast<int64_t>(sums.size()), source.data(), found.data(), given.data(), nullptr, threads);
+  return different(found, expected);
 }
 
 }  // namespace
 
 int main(int, char **arguments) {
-  std::ifstream file(arguments[1], std::ios::binary);
-  const std::vector<char> content((std::istreambuf_iterator<char>(file)), {});
-  const char *at = content.data();
-  const auto head = take<int64_t>(at, 9);  // steps, floats, split, images, threads, bytes of tables, pointers a step, inputs, outputs
-  auto steps = take<Step>(at, head[0]);
-  const auto places = take<int64_t>(at, head[6]);  // of the pointers in a step
-  const auto tables = take<char>(at, head[5]);
-  for (auto &step : steps)
-    for (const int64_t place : places) {  // from 1 + distance to address
-      int64_t distance;
-      char *field = reinterpret_cast<char *>(&step) + place;
-      std::memcpy(&distance, field, 8);
-      const char *address = distance ? tables.data() + distance - 1 : nullptr;
-      std::memcpy(field, &address, 8);
-    }
-  const auto inputs = take<float>(at, head[7]), expected = take<float>(at, head[8]);
   parallel = start;
   thread_index = [] { return index_here; };
   thread_count = [] { return count_here; };
-  void *plan = sparsify_plan(steps.data(), head[0], head[1], head[2]);
-  const float *source = inputs.data();
-  int wrong = 0;
-  const auto call = [&] {
-    std::vector<float> output(expected.size());
-    float *target = output.data();
-    sparsify_run(plan, &source, &target, head[3], static_cast<int32_t>(head[4]), nullptr);
-    for (size_t i = 0; i < output.size(); ++i) wrong += std::abs(output[i] - expected[i]) > 1e-4f;
-  };
-  call();
-  std::thread other([&] {
-    std::vector<float> output(expected.size());
-    float *target = output.data();
-    sparsify_run(plan, &source, &target, head[3], 1, nullptr);
-  });
-  call();  // at the same time
-  other.join();
-  sparsify_forget(plan);
+  Reader file(arguments[1]);
+  const auto head = file.take<int64_t>();  // what it is: a plan, a sum, a gradient of one; and on how many threads
+  const auto threads = static_cast<int32_t>(head[1]);
+  int wrong = head[0] ? run_sum(file, threads, head[0] == 2) : run_plan(file, threads);
   std::vector<float> values(100000, 1.f);
   const std::vector<uint8_t> mask(values.size(), 0);
-  sparsify_zero_dropped(values.data(), mask.data(), static_cast<int64_t>(values.size()), 4, 3);
+  sparsify_zero_dropped(values.data(), mask.data(), static_cast<int64_t>(values.size()), 4, threads);
   wrong += values.back() != 0.f;
-  if (wrong) std::printf("%d numbers are wrong\n", wrong);
+  std::vector<uint8_t> chosen(values.size());
+  std::vector<int64_t> places(values.size());
+  wrong += sparsify_split(values.data(), mask.data(), static_cast<int64_t>(values.size()), 0, -1.f, 1.f, chosen.data(), places.data()) != 0;
+  if (wrong) std::printf("%d results are wrong\n", wrong);
   return wrong != 0;
 }

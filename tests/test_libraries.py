@@ -93,7 +93,8 @@ def smallest_of_each_family() -> list[str]:
 
 
 TIMM = smallest_of_each_family()
-SAMPLED = swept(TIMM, set(TIMM[::12]))
+SLOW = {"efficientvit_m0", "hrnet_w18", "legacy_senet154"}  # ten seconds and more
+SAMPLED = swept(TIMM, set(TIMM[::12]) - SLOW)
 
 
 def test_timm_families_are_many() -> None:

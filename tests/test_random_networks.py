@@ -71,7 +71,7 @@ class RandomNet(nn.Module):
         return torch.einsum("bchw,oc->bohw", x, weight)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), max_size=6),
     density=st.floats(0.01, 1.0),

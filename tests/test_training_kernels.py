@@ -239,8 +239,10 @@ def pair(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.usefixtures("_small_norms_too")
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("make", [Residual, WideResNet22])
+@pytest.mark.parametrize(
+    ("make", "compiled"),
+    [(Residual, False), (Residual, True), (WideResNet22, False), pytest.param(WideResNet22, True, marks=pytest.mark.sweep)],
+)
 def test_models_compute_the_same(make: type[nn.Module], compiled: bool) -> None:
     torch.manual_seed(0)
     masked, sparse = pair(make())
