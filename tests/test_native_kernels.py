@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from passes.lowering.plan import Plan
 from passes.lowering.program import Program
 from passes.lowering.run import _PLANS, prepared
 from passes.lowering.segment import Segment
+from passes.lowering.windows import Window
 from sparsify import cli, flop_report, lower, sparsify, speed_report, use_kernels
 from sparsify.cli import load_model
 
@@ -418,6 +420,40 @@ def test_lowered_weights_take_less_than_half() -> None:
     assert isinstance(plan, Plan)
     assert kept < 0.15 * dense
     assert kept + plan.native.nbytes < 0.5 * dense
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process uses."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what memory a process uses")
+@torch.no_grad()
+def test_plans_share_the_memory_of_activations() -> None:
+    def made() -> nn.Module:
+        return lower(nn.Sequential(conv(2, 8, 3), conv(8, 8, 1)).eval(), x, backend="native")
+
+    x = torch.randn(1, 2, 512, 512)  # 19 MB for planes
+    models = [made()]
+    before = resident()
+    models += [made() for _ in range(8)]
+    for model in models:
+        model(x)
+    assert resident() - before < 60e6
+
+
+@pytest.mark.parametrize(
+    ("window", "heights"),
+    [
+        (Window((3, 3), (1, 1), (1, 1), (1, 1)), [3]),
+        (Window((3, 3), (2, 2), (1, 1), (1, 1)), [2, 2, 1, 1]),  # even rows twice, odd ones once, each in two phases of columns
+        (Window((1, 1), (2, 2), (0, 0), (1, 1)), [1]),
+        (Window((3, 1), (2, 1), (1, 0), (2, 1)), [3]),  # dilation looks at one phase alone
+        (Window((7, 7), (1, 1), (4, 4), (1, 1)), [7]),  # more padding than stands around planes
+    ],
+)
+def test_rows_that_a_plane_is_looked_at(window: Window, heights: list[int]) -> None:
+    assert window.heights() == heights
 
 
 # Real networks
