@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.cli import main
+from sparsify.cli.show import stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,22 @@ def test_tables_fit_the_window_and_colour_what_is_masked(tmp_path: Path) -> None
     assert max(map(len, table)) <= 72
     assert any(line.startswith("layer4.0.downsample.0") or "…" in line for line in table)
     assert table[-1].startswith("total")
+
+
+def test_stages_are_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for lines in (False, True):
+        say = stages(lines=lines)
+        say("counting")
+        say("")
+        assert capsys.readouterr().err == "counting\n" * lines
+    terminal, window = pty.openpty()
+    with open(window, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        say = stages(lines=False)
+        say("counting")
+        say("")
+        shown = os.read(terminal, 200)
+    assert shown == b"counting".ljust(30) + b"\r" + b" " * 30 + b"\r"
 
 
 def _read(window: int) -> bytes:

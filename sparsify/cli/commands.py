@@ -57,10 +57,15 @@ def _report(options: argparse.Namespace) -> None:
     """Print the report of a model, and write what is asked for."""
     if options.speed and not options.html:
         raise ValueError("--speed measures for the page that --html writes; `sparsify bench` prints a table.")
+    say = stages(lines=False)
+    say("building the model")
     model = load_model(options.model)
     inputs = inputs_of(model, options.input)
+    say("masking and checking it")
     sparse = _make_verified(model, inputs, options)
+    say("counting")
     report = flop_report(sparse, inputs)
+    say("")
     if options.graph == "-":
         print(graph_table(sparse.eval(), inputs))
     elif options.graph:
@@ -97,7 +102,7 @@ def _write_json(content: Any, path: str | None) -> None:
 
 def _write_page(inputs: Any, options: argparse.Namespace) -> None:
     """Write the page of a model with real masks, beside what other distributions would give."""
-    say = stages()
+    say = stages(lines=True)
     say("building the model")
     model, name = load_model(options.model, device="cpu"), options.distribution
     sparse = _make(model, name, inputs, options, verify=False)
@@ -112,13 +117,14 @@ def _write_page(inputs: Any, options: argparse.Namespace) -> None:
         speed = speed_report(static, inputs, progress=say)
     say("writing the page")
     report.to_html(options.html, others=others, speed=speed)
+    say("")
 
 
 def _bench(options: argparse.Namespace) -> None:
     """Measure a lowered model, or a training step, against the dense one."""
     model = load_model(options.model, device="cpu").eval()
     inputs = inputs_of(model, options.input)
-    kernels = options.kernels if options.training else "masked"
+    kernels, say = options.kernels if options.training else "masked", stages(lines=True)
     sparse = sparsify(model, options.density, options.distribution, method="static", kernels=kernels, seed=options.seed).eval()
     report = speed_report(
         sparse,
@@ -126,8 +132,9 @@ def _bench(options: argparse.Namespace) -> None:
         training=options.training,
         backend=options.backend,
         repeats=options.repeats,
-        progress=stages(),
+        progress=say,
     )
+    say("")
     print(report)
     if options.plot:
         report.plot(options.plot)

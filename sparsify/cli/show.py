@@ -60,11 +60,14 @@ def progress(items: Iterable[Item], name: str) -> Iterable[Item]:
     return tqdm(items, desc=name, delay=_PATIENCE, leave=False, disable=None, file=sys.stderr)
 
 
-def stages() -> Callable[[str], None]:
-    """Return what says which stage something is in: on a terminal in one line, elsewhere in lines of their own."""
+def stages(*, lines: bool) -> Callable[[str], None]:
+    """Return what says which stage something is in: on a terminal in one line, which "" clears; elsewhere in `lines` or not."""
     terminal = sys.stderr.isatty()
 
     def say(text: str) -> None:
-        print(f"{text:<30}", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+        if terminal:
+            print(f"{text:<30}", end="\r", file=sys.stderr, flush=True)
+        elif lines and text:
+            print(text, file=sys.stderr, flush=True)
 
     return say
