@@ -267,8 +267,8 @@ def main() -> None:
     text += (
         "\n\nAn update beside ordinary steps: its dense gradient, the choice of weights, and the tables of new patterns:\n\n"
     )
-    heads = ["model", "step, ms", "update, ms more", "of all steps' time, every 100"]
-    text += tabulate(changes, heads, "github", disable_numparse=True)
+    costs = ["model", "step, ms", "update, ms more", "of all steps' time, every 100"]
+    text += tabulate(changes, costs, "github", disable_numparse=True)
     text += "\n\n" + "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:

@@ -124,7 +124,8 @@ def _bench(options: argparse.Namespace) -> None:
     """Measure a lowered model, or a training step, against the dense one."""
     model = load_model(options.model, device="cpu").eval()
     inputs = inputs_of(model, options.input)
-    kernels, say = options.kernels if options.training else "masked", stages(lines=True)
+    say = stages(lines=True)
+    kernels = options.kernels if options.training else "masked"
     sparse = sparsify(model, options.density, options.distribution, method="static", kernels=kernels, seed=options.seed).eval()
     report = speed_report(
         sparse,

@@ -51,6 +51,16 @@ class Arena {
 // Arenas that no call uses. All plans share them, so that what one plan used last, and is in the cache, is used by the next.
 class Arenas {
  public:
+  // Return those of the plans that there are; they go with the last of these.
+  static std::shared_ptr<Arenas> shared() {
+    static std::mutex mutex;
+    static std::weak_ptr<Arenas> current;
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto found = current.lock();
+    if (!found) current = found = std::make_shared<Arenas>();
+    return found;
+  }
+
   std::unique_ptr<Arena> take(int64_t floats) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -67,44 +77,27 @@ class Arenas {
 
   void give_back(std::unique_ptr<Arena> arena) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (plans_) free_.push_back(std::move(arena));
-  }
-
-  void begin() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++plans_;
-  }
-
-  void end() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!--plans_) free_.clear();
+    free_.push_back(std::move(arena));
   }
 
  private:
   std::mutex mutex_;
-  int64_t plans_ = 0;
   std::vector<std::unique_ptr<Arena>> free_;  // the last one used is the last
 };
-
-inline Arenas arenas;
 
 class Plan {
   using Clock = std::chrono::steady_clock;
 
  public:
   Plan(const Step *steps, int64_t count, int64_t floats, int64_t split)
-      : steps_(steps, steps + count), floats_(floats), split_(split) {
-    arenas.begin();
-  }
-  ~Plan() { arenas.end(); }
-  Plan(const Plan &) = delete;
+      : steps_(steps, steps + count), floats_(floats), split_(split) {}
 
   // The first steps, whose activations are larger than their weights, run depth first: each thread takes whole images while
   // there are enough for all, so that activations stay in its cache. The others run layer by layer for a group of images, so
   // that weights do. All threads share the work of a step there, and of the last images of the first part.
   void run(const float *const *inputs, float *const *outputs, int64_t images, int32_t threads, double *seconds) {
     std::vector<std::unique_ptr<Arena>> own;
-    for (int64_t i = 0; i < std::min(images, kGroup); ++i) own.push_back(arenas.take(floats_));
+    for (int64_t i = 0; i < std::min(images, kGroup); ++i) own.push_back(arenas_->take(floats_));
     for (int64_t first = 0; first < images; first += kGroup) {
       Work work{inputs, outputs, own, first, std::min(images - first, kGroup), seconds};
       work.alone = work.count / threads * threads;
@@ -114,7 +107,7 @@ class Plan {
       work.taken = taken.data();
       in_team(threads, [&](int thread, int team) { run_group(work, thread, team); });
     }
-    for (auto &arena : own) arenas.give_back(std::move(arena));
+    for (auto &arena : own) arenas_->give_back(std::move(arena));
   }
 
  private:
@@ -169,6 +162,7 @@ class Plan {
 
   std::vector<Step> steps_;
   int64_t floats_, split_;
+  std::shared_ptr<Arenas> arenas_ = Arenas::shared();
 };
 
 }  // namespace sparsify
