@@ -122,6 +122,19 @@ int main(int, char **arguments) {
   std::vector<uint8_t> chosen(values.size());
   std::vector<int64_t> places(values.size());
   wrong += sparsify_split(values.data(), mask.data(), static_cast<int64_t>(values.size()), 0, -1.f, 1.f, chosen.data(), places.data()) != 0;
+  std::vector<int32_t> numbers(values.size()), starts(values.size() + 1), tables[4];
+  std::iota(numbers.begin(), numbers.end(), 0);
+  for (auto &table : tables) table.resize(values.size() + 1);
+  const auto count = static_cast<int64_t>(values.size());
+  const int32_t shift = 3;
+  for (const int64_t transposed : {0, 1}) {  // a dense weight of 500 outputs and 200 inputs, which are 500 and 200 sums
+    Order order{count, numbers.data(), numbers.data(), 500, 200, 1, 0, 1, transposed, 1, &shift, 10, 50, 2, 1e4};
+    order.blocks = transposed ? 10 : 4;
+    order.chunk_groups = tables[0].data(), order.starts = starts.data(), order.offsets = tables[1].data();
+    order.own = tables[2].data(), order.place = tables[3].data();
+    sparsify_order(&order, threads);
+    wrong += order.found != count || starts[2000] != count;
+  }
   if (wrong) std::printf("%d results are wrong\n", wrong);
   return wrong != 0;
 }

@@ -439,7 +439,7 @@ def test_plans_share_the_memory_of_activations() -> None:
     models += [made() for _ in range(8)]
     for model in models:
         model(x)
-    assert resident() - before < 60e6
+    assert resident() - before < 100e6
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ class Recorder:
         self.steps, self.sizes = steps, [floats, split]
         return 0
 
+    def sparsify_order(self, order: Any, threads: int) -> None:
+        compiler.native().sparsify_order(order, threads)  # type: ignore[union-attr]
+
     def sparsify_forget(self, handle: int) -> None:
         """Nothing was made."""
 
@@ -90,7 +93,7 @@ def write_sums(folder: Path, name: str, machine: Machine, last: bool) -> list[Pa
     grad = torch.randn_like(y).contiguous(memory_format=lying)
     y.backward(grad)
     kept = Kept.of(mask.numpy(), window.groups, last)
-    given = (kept, shape[2:], window, Lying.of(x), Lying.of(grad), machine)
+    given = (compiler.native(), kept, window, Lying.of(x), Lying.of(grad), machine)
     y, of_weight = y.contiguous(memory_format=lying), torch.where(mask, weight.grad, 0).contiguous(memory_format=lying)
     cases = (
         (1, forward_sum(*given, {}), x, weight, y),
@@ -99,7 +102,7 @@ def write_sums(folder: Path, name: str, machine: Machine, last: bool) -> list[Pa
     )
     paths = []
     for number, (kind, prepared, *tensors) in enumerate(cases):
-        arrays = [table for *_, own in prepared._tables for table in own.values()]
+        arrays = [table for own in prepared._tables for table in own.values()]
         flat = [t.detach().as_strided((t.numel(),), (1,)).numpy() for t in tensors]  # as they lie
         paths.append(folder / f"sum {number}")
         write(paths[-1], kind, prepared.records, arrays, *flat)

@@ -6,9 +6,11 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from passes.kernels import cache, compiler
 from passes.kernels.norms import normalize
+from passes.kernels.order import order_of
 from passes.kernels.products import convolve, linear
-from passes.kernels.windows import Window
+from passes.kernels.windows import Kept, Window
 from passes.masking import norms, products
 from passes.masking.mask import masks_of
 from sparsify import GMP, NM, SET, SNFS, RigL, SRigL, Static, compress, fold, graphs, sparsify, use_kernels
@@ -388,6 +391,55 @@ def test_weights_that_lie_channels_last() -> None:
         m(x).square().mean().backward()
     assert sparse[2].weight.grad.is_contiguous(memory_format=torch.channels_last)
     assert_close([p.grad for p in sparse.parameters()], [p.grad for p in masked.parameters()])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups", "group", "channels", "chunks"),
+    [
+        ((8, 6, 3, 3), 1, 1, 2, 3),
+        ((8, 6, 1, 3), 1, 2, 4, 1),
+        ((12, 2, 3, 3), 3, 4, 1 << 30, 2),
+        ((600, 400, 1, 1), 1, 1, 64, 5),  # enough for several threads
+        ((64, 40, 5, 5), 1, 2, 16, 4),
+    ],
+)
+def test_the_order_is_that_of_a_sort(
+    shape: tuple[int, ...], groups: int, group: int, channels: int, chunks: int, last: bool, transposed: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    mask = np.repeat(rng.random((shape[0] // group, *shape[1:])) < 0.6, group, axis=0)
+    kept = Kept.of(mask, groups, last)
+    assert kept.group == group
+    shifts = [None if transposed and tap % 3 == 1 else 7 * tap for tap in range(shape[2] * shape[3])]
+    library = compiler.native()
+    assert library is not None
+    order = order_of(library, kept, shifts, 100, channels=channels, chunk_weights=500, chunks=chunks, transposed=transposed)
+    # Every kept weight of a part, as it lies: what it adds to, what it multiplies there, and where it is stored.
+    axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    outputs, *rest = np.unravel_index(np.flatnonzero(mask.transpose(axes)), [shape[axis] for axis in axes])
+    inputs, rows, columns = (rest[axes.index(axis) - 1] for axis in (1, 2, 3))
+    inputs = inputs + outputs // (shape[0] // groups) * shape[1]
+    taps = rows * shape[3] + columns
+    part = np.array([shifts[tap] is not None for tap in taps])
+    sums, summed, size = (inputs, outputs, 1) if transposed else (outputs, inputs, group)
+    chunk = np.searchsorted(order.chunk_groups, sums // size, side="right") - 1
+    first = np.flatnonzero(part & (sums % size == 0))
+    wanted = first[np.lexsort((first, sums[first] // size, summed[first] // channels, chunk[first]))]
+    assert order.offsets.tolist() == [100 * summed[k] + (shifts[taps[k]] or 0) for k in wanted]
+    assert order.index.tolist() == kept.index[part].tolist()
+    at = order.place // size
+    assert [sums[part][k] - sums[wanted][at[k]] for k in range(len(at))] == (order.place % size).tolist()
+    assert (summed[part] == summed[wanted][at]).all()
+    assert (taps[part] == taps[wanted][at]).all()
+    sizes = np.diff(order.chunk_groups)
+    assert len(sizes) >= min(chunks, len(mask) // size)
+    assert order.widest == sizes.max()
+    cells = [(c, b, g) for c in range(len(sizes)) for b in range(order.blocks) for g in range(*order.chunk_groups[c : c + 2])]
+    found = Counter(zip(chunk[wanted], summed[wanted] // channels, sums[wanted] // size, strict=True))
+    assert order.starts[0] == 0
+    assert np.diff(order.starts).tolist() == [found[cell] for cell in cells]
 
 
 def test_tables_are_shared_by_numbers_of_tokens() -> None:

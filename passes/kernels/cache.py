@@ -75,15 +75,13 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
             if (window.groups, last, alone) not in sums.kept:
                 found = Kept.of(mask.numpy(), window.groups, last)
                 sums.kept[window.groups, last, alone] = found.alone() if alone else found
-            kept, kernel = sums.kept[window.groups, last, alone], with_pixels(mask.shape)[2:]
+            kept = sums.kept[window.groups, last, alone]
             tables = sums.tables.setdefault((of, window, last, alone), {})
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
             if len(tables) > _TABLES:
                 tables.clear()
-            sums.found[key] = _MAKERS[of](kept, kernel, window, key[4], key[5], _machine(library), tables)
-            if {made for made, *_ in sums.found} == _MAKERS.keys():  # what they were made of takes more than they do
-                sums.kept.clear()
+            sums.found[key] = _MAKERS[of](library, kept, window, key[4], key[5], _machine(library), tables)
         found = sums.found[key]
     if weight.numel() != found.records[0].elements:
         raise ValueError(f"A weight of {tuple(weight.shape)} is neither whole nor the kept values of its mask.")

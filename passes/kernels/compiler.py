@@ -126,6 +126,7 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, result, arguments in (
         ("zero_dropped", None, (pointer, pointer, long, integer, integer)),
         ("split", long, (pointer, pointer, long, integer, ctypes.c_float, ctypes.c_float, pointer, pointer)),
+        ("order", None, (pointer, integer)),
         ("plan", pointer, (pointer, long, long, long)),
         ("forget", None, (pointer,)),
         ("run", integer, (pointer, pointer, pointer, long, integer, pointer)),

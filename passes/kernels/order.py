@@ -1,55 +1,110 @@
 """Order: in which order the kernels go through kept weights."""
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from passes.kernels.compiler import threads
+from passes.kernels.windows import Kept
+
+_INTEGERS, _TABLE = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Order(ctypes.Structure):
+    """An order; the fields, and what they mean, are those of `native/order.h`."""
+
+    _fields_ = (
+        ("weights", _INTEGERS),
+        *((name, _TABLE) for name in ("places", "index")),
+        *((name, _INTEGERS) for name in ("outputs", "inputs", "taps", "last", "groups", "transposed", "group")),
+        ("shifts", _TABLE),
+        *((name, _INTEGERS) for name in ("distance", "channels", "least")),
+        ("most", ctypes.c_double),
+        *((name, _INTEGERS) for name in ("blocks", "chunks", "widest", "found")),
+        *((name, _TABLE) for name in ("chunk_groups", "starts", "offsets", "own", "place")),
+    )
+
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a layer's work: `Step` and `Sum` in `native/` say what the tables are."""
+    """The order of a layer's work: `Step` and `Sum` in `native/` say what the tables are.
+
+    Attributes:
+        blocks: of input channels.
+        widest: groups of outputs that the largest chunk has.
+        chunk_groups, starts, offsets, index, place: the tables, int32.
+    """
 
     blocks: int
+    widest: int
     chunk_groups: np.ndarray
     starts: np.ndarray
-    order: np.ndarray  # of the kept weights
+    offsets: np.ndarray
+    index: np.ndarray
+    place: np.ndarray
 
 
-def order_of(outputs: np.ndarray, inputs: np.ndarray, groups: int, channels: int, chunk_weights: float, chunks: int) -> Order:
+def order_of(
+    library: ctypes.CDLL,
+    kept: Kept,
+    shifts: Sequence[int | None],
+    distance: int,
+    *,
+    channels: int,
+    chunk_weights: float,
+    chunks: int,
+    transposed: bool = False,
+) -> Order:
     """Return an order of kept weights.
 
     Args:
-        outputs: (kept,) int, the group of outputs of each weight, ascending.
-        inputs: (kept,) int, its input channel.
-        groups: how many groups of outputs there are.
+        library: the native one, which sorts by counting.
+        kept: the weights.
+        shifts: by the place of a weight in its kernel, from a channel to what the weight multiplies; None for those that are no
+            part of the sums.
+        distance: from a channel to the next.
         channels: input channels of a block, whose pixels stay in the nearest cache.
         chunk_weights: the most weights of a chunk of outputs, which stay in the next cache.
         chunks: at least so many chunks, with about as many weights each.
+        transposed: whether a sum goes to each input, over outputs, instead of the other way.
     """
-    per_group = np.bincount(outputs, minlength=groups) + 1.0
-    work = np.concatenate([[0.0], np.cumsum(per_group)])
-    count = min(groups, max(chunks, int(-(-work[-1] // chunk_weights))))
-    chunk_groups = np.unique(np.searchsorted(work, np.linspace(0, work[-1], count + 1)[1:-1]))
-    chunk_groups = np.unique(np.concatenate([[0], chunk_groups, [groups]])).astype(np.int32)
-    block = inputs // channels
-    blocks = int(block.max(initial=0)) + 1
-    sizes = np.diff(chunk_groups)
-    chunk = np.repeat(np.arange(len(sizes)), np.diff(np.searchsorted(outputs, chunk_groups)))
-    cell = chunk_groups[chunk].astype(np.int64) * blocks + block * sizes[chunk] + outputs - chunk_groups[chunk]
-    # Outputs ascend already, so that chunks and blocks are all there is to sort by.
-    order = by_size(chunk * blocks + block) if blocks > 1 else np.arange(len(cell))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=groups * blocks))]).astype(np.int32)
-    return Order(blocks, chunk_groups, starts, order)
-
-
-def by_size(keys: np.ndarray) -> np.ndarray:
-    """Return the stable order of numbers from 0 on; where they are small, numpy sorts them digit by digit."""
-    small = len(keys) and keys.max() < 1 << 16
-    return np.argsort(keys.astype(np.uint16) if small else keys, kind="stable")
-
-
-def inverse(order: np.ndarray, count: int) -> np.ndarray:
-    """Return for each of so many things where it comes in an order of some of them, and -1 for those that do not."""
-    places = np.full(count, -1, np.int32)
-    places[order] = np.arange(len(order), dtype=np.int32)
-    return places
+    outputs, inputs, rows, columns = kept.shape
+    sums, summed = (inputs * kept.groups, outputs) if transposed else (outputs, inputs * kept.groups)
+    group = 1 if transposed else kept.group
+    groups, blocks, count = sums // group, -(-summed // channels), len(kept.places)
+    tables = {"chunk_groups": np.empty(groups + 1, np.int32), "starts": np.empty(groups * blocks + 1, np.int32)}
+    tables |= {"offsets": np.empty(count // group, np.int32)}
+    tables |= {name: np.empty(count, np.int32) for name in ("own", "place")}
+    steps = np.array([-1 if shift is None else shift for shift in shifts], np.int32)
+    order = _Order(
+        weights=count,
+        places=kept.places.ctypes.data,
+        index=kept.index.ctypes.data,
+        outputs=outputs,
+        inputs=inputs,
+        taps=rows * columns,
+        last=kept.last,
+        groups=kept.groups,
+        transposed=transposed,
+        group=group,
+        shifts=steps.ctypes.data,
+        distance=distance,
+        channels=channels,
+        least=chunks,
+        most=chunk_weights,
+        blocks=blocks,
+        **{name: table.ctypes.data for name, table in tables.items()},
+    )
+    library.sparsify_order(ctypes.byref(order), threads())
+    own = {name: tables[name][: order.found].copy() if order.found < count else tables[name] for name in ("own", "place")}
+    return Order(
+        blocks=blocks,
+        widest=order.widest,
+        chunk_groups=tables["chunk_groups"][: order.chunks + 1].copy(),
+        starts=tables["starts"],
+        offsets=tables["offsets"][: order.found // group].copy() if order.found < count else tables["offsets"],
+        index=own["own"] if order.found < count else kept.index,  # one for all sums of a layer
+        place=own["place"],
+    )

@@ -1,17 +1,22 @@
 """Planes: pieces of a tensor as the sums go through them, in the cache and with what is around pixels."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import NamedTuple
 
 from passes.kernels.compiler import threads
 from passes.kernels.costs import Machine
 from passes.kernels.windows import Lying
 
 _ROW = 64  # pixels of a row, where they may be cut into rows at will
+
+
+class Tap(NamedTuple):
+    """What a place of the kernel finds: the phase of the stride, and rows and columns from the output's pixel within it."""
+
+    phase: int
+    row: int
+    column: int
 
 
 @dataclass(frozen=True)
@@ -21,32 +26,25 @@ class Part:
     Attributes:
         target: the shape of the part, and how it lies.
         shift: of its first number from the start of the target.
-        outputs, inputs: (patterns,) int, the group of outputs that share them and what they multiply, by groups ascending.
-        order: (patterns, group) int, which of all kept weights they are.
-        index: (all kept) int, of these in the dense weight, ascending.
-        planes: (patterns,) the phase of the stride of the source.
-        rows, columns: (patterns,) from the output's pixel to the source's within the phase.
+        transposed: whether the sums are of inputs.
+        taps: of every place of the kernel, row by row; None for those that do not add to this part.
         phases: first row and column of the source that a phase has.
         stride: of the source.
-        elements: of the dense weight.
-        blocked: whether every output looks at all inputs.
         pointwise: whether a pixel only looks at the one at its place.
     """
 
     target: Lying
     shift: int
-    outputs: np.ndarray
-    inputs: np.ndarray
-    order: np.ndarray
-    index: np.ndarray
-    planes: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    transposed: bool
+    taps: list[Tap | None]
     phases: list[tuple[int, int]]
     stride: tuple[int, int]
-    elements: int
-    blocked: bool
     pointwise: bool
+
+    @property
+    def own(self) -> list[Tap]:
+        """The taps that add to this part."""
+        return [tap for tap in self.taps if tap]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ def planes_of(source: Lying, parts: Sequence[Part], machine: Machine, *, at_will
     rows, columns = (max(part.target.shape[side] for part in parts) for side in (2, 3))
     phases, stride = parts[0].phases, parts[0].stride
     # Planes: no weight finds anything but 0 outside of the source.
-    above, left, below, right = (max(edge(get(part)) for part in parts) for get, edge in _EDGES)
+    reach = [tap for part in parts for tap in part.own] or [Tap(0, 0, 0)]
+    above, below = max(0, *(-tap.row for tap in reach)), max(0, *(tap.row for tap in reach))
+    left, right = max(0, *(-tap.column for tap in reach)), max(0, *(tap.column for tap in reach))
     high, wide = -(-source_rows // stride[0]), -(-source_columns // stride[1])
     pitch = max(wide + left, columns + right)
     height = max(high + above, rows + below)
@@ -94,17 +94,6 @@ def planes_of(source: Lying, parts: Sequence[Part], machine: Machine, *, at_will
     run = height * pitch if at_will and images == 1 else ((together - 1) * height + band - 1) * pitch + columns
     pieces = -(-images // together) * -(-rows // band)
     return Planes(above, below, lead, pitch, height, distance, together, band, run, pieces)
-
-
-def _above(places: np.ndarray) -> int:
-    return -int(places.min(initial=0))
-
-
-def _below(places: np.ndarray) -> int:
-    return int(places.max(initial=0))
-
-
-_EDGES: Any = tuple((operator.attrgetter(side), edge) for edge in (_above, _below) for side in ("rows", "columns"))
 
 
 def in_rows(source: Lying, part: Part) -> tuple[Lying, list[Part], int]:

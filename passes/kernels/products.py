@@ -89,7 +89,7 @@ def _masked_gradients(
 ) -> tuple[Any, Any]:
     """Return the gradients by torch, of the masked weight."""
     *sides, groups = numbers
-    kept = as_images(_masked(weight, mask))
+    kept = as_images(_masked(weight, mask) if wanted[0] else torch.empty_like(mask, dtype=x.dtype))  # of which only x's depends
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, kept, None, *sides, False, [0, 0], groups, [*wanted, False]
     )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from passes.kernels.compiler import threads
 from passes.kernels.costs import Machine, cut
-from passes.kernels.order import Order, inverse, order_of
+from passes.kernels.order import Order, order_of
 from passes.kernels.planes import Part, Planes, in_rows, one_run, planes_of
-from passes.kernels.windows import Lying
+from passes.kernels.windows import Kept, Lying
 
 _INTEGERS, _TABLE = ctypes.c_int64, ctypes.c_void_p
 
@@ -46,11 +46,21 @@ class Prepared:
     """
 
     def __init__(
-        self, source: Lying, parts: Sequence[Part], machine: Machine, tables: dict[Any, Any], *, gradient: bool = False
+        self,
+        library: ctypes.CDLL,
+        kept: Kept,
+        source: Lying,
+        parts: Sequence[Part],
+        machine: Machine,
+        tables: dict[Any, Order],
+        *,
+        gradient: bool = False,
     ) -> None:
         """Prepare sums.
 
         Args:
+            library: the native one.
+            kept: the weights.
             source: what they multiply.
             parts: what they write.
             machine: what they run on.
@@ -63,18 +73,20 @@ class Prepared:
         else:
             last = 0
         planes = planes_of(source, parts, machine, at_will=bool(last))
-        self._tables: list[Any] = []
+        self._tables: list[dict[str, np.ndarray]] = []
         self.records = (Sum * len(parts))()
         for number, (record, part) in enumerate(zip(self.records, parts, strict=True)):
-            _lay_out(record, source, part, planes, last)
-            record.tile, *division = _divided(record, part, planes, machine, gradient=gradient)
+            _lay_out(record, kept, source, part, planes, last)
+            record.tile, *division = _divided(record, kept, part, planes, machine, gradient=gradient)
             key = (number, planes.lead, planes.pitch, planes.distance, *division, gradient)
             if key not in tables:
-                order = order_of(part.outputs, part.inputs, record.outputs // record.group, *division)
-                tables[key] = _tables(part, planes, order)
-            self._tables.append(tables[key])
-            record.blocks, record.chunks, record.widest, own = tables[key]
-            for name, table in own.items():
+                tables[key] = _order(library, kept, part, planes, *division)
+            order = tables[key]
+            record.blocks, record.chunks, record.widest = order.blocks, len(order.chunk_groups) - 1, order.widest
+            record.weights = len(order.index)
+            own = {name: getattr(order, name) for name in ("chunk_groups", "starts", "offsets", "index", "place")}
+            self._tables.append(own | {"shifts": np.array(part.phases, np.int32)})
+            for name, table in self._tables[-1].items():
                 setattr(record, name, table.ctypes.data)
 
     def run(self, library: ctypes.CDLL, source: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -88,7 +100,7 @@ class Prepared:
         _check(library.sparsify_sum_gradient(self.records, *given, threads()))
 
 
-def _lay_out(record: Sum, source: Lying, part: Part, planes: Planes, last: int) -> None:
+def _lay_out(record: Sum, kept: Kept, source: Lying, part: Part, planes: Planes, last: int) -> None:
     """Say in a record how source, target and planes lie; `last` is of pixels in the last row, 0 where it is full."""
     record.images, record.channels, record.source_rows, record.source_columns = source.shape
     record.source_image, record.source_channel, record.source_row, record.source_column = source.strides
@@ -96,24 +108,26 @@ def _lay_out(record: Sum, source: Lying, part: Part, planes: Planes, last: int) 
     record.target_image, record.target_channel, record.target_row, record.target_column = part.target.strides
     record.last_columns, record.shift = last or record.columns, part.shift
     record.stride_rows, record.stride_columns = part.stride
-    record.phases, record.weights, record.elements = len(part.phases), part.order.size, part.elements
+    record.phases, record.elements = len(part.phases), kept.elements
     for name in ("above", "below", "lead", "pitch", "height", "distance", "together", "band"):
         setattr(record, name, getattr(planes, name))
-    record.group = part.order.shape[1]
+    record.group = 1 if part.transposed else kept.group
     record.by_chunk = planes.pieces < threads()
 
 
-def _divided(record: Sum, part: Part, planes: Planes, machine: Machine, *, gradient: bool) -> tuple[int, int, int, int]:
+def _divided(
+    record: Sum, kept: Kept, part: Part, planes: Planes, machine: Machine, *, gradient: bool
+) -> tuple[int, int, int, int]:
     """Return the vectors of a tile, the channels of a block, the most weights of a chunk, and the least chunks."""
     tile, block, _ = cut(
         machine,
-        len(part.order),
+        len(kept.places) * len(part.own) / len(part.taps) / record.group,  # about: places of a kernel keep as many
         record.outputs // record.group,
         record.channels,
         heights=[1 + planes.above + planes.below] * len(part.phases),
         flat=planes.run,
         pitch=planes.pitch,
-        blocked=part.blocked,
+        blocked=kept.groups == 1,
         miss=1.2,
     )
     at_once = machine.tiles[record.group]  # vectors of a tile that are gone through together
@@ -125,23 +139,22 @@ def _divided(record: Sum, part: Part, planes: Planes, machine: Machine, *, gradi
     return tile, block, most, chunks
 
 
-def _tables(part: Part, planes: Planes, order: Order) -> tuple[int, int, int, dict[str, np.ndarray]]:
-    """Return blocks, chunks and the most groups of a chunk, and the tables of a sum over planes that lie like this."""
-    places, group = inverse(part.order.ravel(), len(part.index)), part.order.shape[1]
-    own = places >= 0
-    pattern, member = np.divmod(places[own], group)
-    plane = part.inputs * len(part.phases) + part.planes
-    offsets = plane * planes.distance + planes.lead + part.rows * planes.pitch + part.columns
-    found = {
-        "shifts": np.array(part.phases, np.int32),
-        "chunk_groups": order.chunk_groups,
-        "starts": order.starts,
-        "offsets": offsets[order.order].astype(np.int32),
-        "index": part.index if own.all() else part.index[own],  # one for all sums of a layer
-        "place": (inverse(order.order, len(part.order))[pattern] * group + member).astype(np.int32),
-    }
-    widest = int(np.diff(order.chunk_groups).max())
-    return order.blocks, len(order.chunk_groups) - 1, widest, {k: np.ascontiguousarray(v) for k, v in found.items()}
+def _order(library: ctypes.CDLL, kept: Kept, part: Part, planes: Planes, channels: int, most: int, chunks: int) -> Order:
+    """Return the order of the weights of a part, over planes that lie like this."""
+    shifts = [
+        None if tap is None else tap.phase * planes.distance + planes.lead + tap.row * planes.pitch + tap.column
+        for tap in part.taps
+    ]
+    return order_of(
+        library,
+        kept,
+        shifts,
+        len(part.phases) * planes.distance,
+        channels=channels,
+        chunk_weights=most,
+        chunks=chunks,
+        transposed=part.transposed,
+    )
 
 
 def _check(failed: int) -> None:

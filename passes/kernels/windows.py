@@ -49,46 +49,39 @@ class Lying:
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept weights of a layer: (kept,) int each.
+    """The kept weights of a layer.
 
     Attributes:
-        outputs, inputs: channels that they connect.
-        rows, columns: of the kernel.
-        index: in the weight as it is stored, ascending, as outputs do.
+        shape: of the dense weight: (outputs, inputs of a group, rows, columns).
+        groups: convolution groups.
+        last: whether the dense weight lies with its inputs last.
+        places: (kept,) int32, in the dense weight as it lies, ascending.
+        index: (kept,) int32, in the weight as it is stored, ascending too.
         elements: of that.
         group: consecutive outputs that share a pattern: one of `GROUPS`.
     """
 
-    outputs: np.ndarray
-    inputs: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    shape: tuple[int, ...]
+    groups: int
+    last: bool
+    places: np.ndarray
     index: np.ndarray
     elements: int
     group: int
 
     @staticmethod
-    def of(mask: np.ndarray, groups: int, last: bool) -> "Kept":
+    def of(mask: np.ndarray, groups: int, last: bool, *, group: int | None = None) -> "Kept":
         """Return the weights that a mask keeps.
 
         Args:
             mask: (outputs, inputs, rows, columns) bool, or without rows, or columns too.
             groups: convolution groups.
             last: whether the dense weight lies with its inputs last.
+            group: consecutive outputs that share a pattern, if that is known.
         """
         mask = mask.reshape(with_pixels(mask.shape))
-        axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
-        index = np.flatnonzero(mask.transpose(axes))
-        found = np.unravel_index(index, [mask.shape[axis] for axis in axes])
-        outputs, inputs, rows, columns = (found[axes.index(axis)].astype(np.int32) for axis in range(4))
-        inputs = inputs + outputs // (mask.shape[0] // groups) * mask.shape[1]
-        return Kept(outputs, inputs, rows, columns, index.astype(np.int32), mask.size, _sharing(mask, groups))
-
-    def patterns(self) -> np.ndarray:
-        """Return the weights that the outputs of a group have at one place: (patterns, group) int, ascending by the first."""
-        first = np.flatnonzero(self.outputs % self.group == 0)
-        per_output = np.bincount(self.outputs, minlength=1)[self.outputs[first]]
-        return first[:, None] + np.arange(self.group) * per_output[:, None]
+        places = np.flatnonzero(mask.transpose(0, 2, 3, 1) if last else mask).astype(np.int32)
+        return Kept(mask.shape, groups, last, places, places, mask.size, group or _sharing(mask, groups))
 
     def alone(self) -> "Kept":
         """Return the same weights where their values are stored alone, without any zeros between."""

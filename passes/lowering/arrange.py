@@ -1,28 +1,9 @@
-"""Arrange: a sparse weight in the order in which the kernels go through it."""
-
-from dataclasses import dataclass
+"""Arrange: a sparse weight as the kernels take it."""
 
 import numpy as np
 
+from passes.kernels.windows import Kept
 from passes.lowering.program import Weight
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The kept weights of a layer, output by output; `group` outputs that follow each other share a pattern.
-
-    Attributes:
-        group: how many outputs share a pattern; what one of them keeps counts for all.
-        outputs: (kept,) int, the group of each.
-        inputs, taps: (kept,) int, the input channel within its convolution group and the place in the kernel of each.
-        values: (kept, group) float32.
-    """
-
-    group: int
-    outputs: np.ndarray
-    inputs: np.ndarray
-    taps: np.ndarray
-    values: np.ndarray
 
 
 def mask_of(weight: Weight, bits: np.ndarray) -> np.ndarray:
@@ -34,16 +15,25 @@ def mask_of(weight: Weight, bits: np.ndarray) -> np.ndarray:
     return np.unpackbits(packed, count=count).view(bool).reshape(weight.shape[0], -1)
 
 
-def kept_weights(weight: Weight, values: np.ndarray, mask: np.ndarray, group: int) -> Kept:
-    """Return the kept weights of a layer, for outputs in groups that share what any of them keeps."""
-    taps = int(np.prod(weight.shape[2:]))
-    own = values[weight.start : weight.start + weight.count]
+def patterns_of(weight: Weight, values: np.ndarray, mask: np.ndarray, group: int, groups: int) -> tuple[Kept, np.ndarray]:
+    """Return the kept weights of a layer, for outputs in groups that share what any of them keeps.
+
+    Args:
+        weight: of the layer.
+        values: the program's numbers.
+        mask: (outputs, elements) bool.
+        group: how many outputs share a pattern.
+        groups: convolution groups.
+
+    Returns:
+        The patterns, as if each group of outputs were one, and the values of their outputs: (kept, group) float32.
+    """
+    own, shape = values[weight.start : weight.start + weight.count], (weight.shape[0] // group, *weight.shape[1:])
     if group == 1:
-        outputs, rest = np.nonzero(mask)
-        found = own[:, None]
-    else:
-        outputs, rest = np.nonzero(mask.reshape(-1, group, mask.shape[1]).any(1))
-        dense = np.zeros(mask.shape, np.float32)
-        dense[mask] = own
-        found = dense.reshape(-1, group, mask.shape[1])[outputs, :, rest]
-    return Kept(group, outputs, rest // taps, rest % taps, np.ascontiguousarray(found))
+        return Kept.of(mask.reshape(shape), groups, last=False, group=1), own[:, None]
+    dense = np.zeros(mask.shape, np.float32)
+    dense[mask] = own
+    shared = np.asarray(mask.reshape(-1, group, mask.shape[1]).any(1))
+    kept = Kept.of(shared.reshape(shape), groups, last=False, group=1)
+    outputs, rest = np.divmod(kept.places, mask.shape[1])
+    return kept, dense.reshape(-1, group, mask.shape[1])[outputs, :, rest]

@@ -12,7 +12,7 @@ from passes.kernels.compiler import threads
 from passes.kernels.costs import CALL, COPIED, Machine, choose, torch_cycles
 from passes.kernels.order import order_of
 from passes.kernels.steps import Kind, NativePlan
-from passes.lowering.arrange import kept_weights, mask_of
+from passes.lowering.arrange import mask_of, patterns_of
 from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
 from passes.lowering.memory import Planes
@@ -85,7 +85,7 @@ def plan(
     """
     shapes, images = shapes_of(program, inputs)
     emitter = Emitter(shapes, grids_of(program, shapes))
-    planner = _Planner(program, emitter, values.numpy(), bits.numpy(), machine)
+    planner = _Planner(program, emitter, values.numpy(), bits.numpy(), library, machine)
     for i in range(len(program.inputs)):
         emitter.read(i)
     for number, op in enumerate(program.ops, len(program.inputs)):
@@ -110,8 +110,16 @@ def plan(
 class _Planner:
     """Adds the steps of operations."""
 
-    def __init__(self, program: Program, emitter: Emitter, values: np.ndarray, bits: np.ndarray, machine: Machine) -> None:
-        self._emitter, self._values, self._bits, self._machine = emitter, values, bits, machine
+    def __init__(
+        self,
+        program: Program,
+        emitter: Emitter,
+        values: np.ndarray,
+        bits: np.ndarray,
+        library: ctypes.CDLL,
+        machine: Machine,
+    ) -> None:
+        self._emitter, self._values, self._bits, self._library, self._machine = emitter, values, bits, library, machine
         self._last_use = _last_uses(program)
         self.choices: list[Choice] = []
 
@@ -189,20 +197,26 @@ class _Planner:
         dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
         kernel = "dots" if single else "sparse" if work.group == 1 else "shared"
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
-        kept = kept_weights(weight, self._values, mask, work.group)
+        patterns, kept = patterns_of(weight, self._values, mask, work.group, groups)
+        # Where the pixels lie that a weight multiplies: which plane, and from where in it.
+        phase, place = zip(*window.places(at.pitch), strict=True)
         order = order_of(
-            kept.outputs, kept.inputs, shape.channels // work.group, work.channels, work.chunk_weights, work.chunks
+            self._library,
+            patterns,
+            phase,
+            phases,
+            channels=work.channels,
+            chunk_weights=work.chunk_weights,
+            chunks=work.chunks,
         )
-        # Where the pixels lie that a weight multiplies.
-        channels = kept.inputs + kept.outputs * work.group // (shape.channels // groups) * weight.shape[1]
-        phase, place = (np.array(column) for column in zip(*window.places(at.pitch), strict=True))
-        planes = (channels * phases + phase[kept.taps])[order.order]
-        shifts = place[kept.taps][order.order]
+        planes, values, shifts = order.offsets, np.empty_like(kept), np.empty_like(order.offsets)
+        values[order.place] = kept
+        shifts[order.place] = np.array(place)[patterns.places % len(place)]
         vectors, chunks = -(-flat // self._machine.lanes), len(order.chunk_groups) - 1
         fields = {"group": work.group, "blocks": order.blocks, "chunks": chunks, "grain": work.vectors}
         fields |= {"items": chunks * (1 if single else -(-vectors // work.vectors)), "bias": self._bias(op)}
         fields |= {"chunk_groups": order.chunk_groups, "starts": order.starts}
-        fields |= {"values": np.ascontiguousarray(kept.values[order.order])}
+        fields |= {"values": values}
         fields |= {"offsets": lambda: (source.offsets()[planes] + shifts).astype(np.int32)}
         fields |= {"other": emitter.planes[op.inputs[1]]} if len(op.inputs) > 1 else {}
         emitter.memory.use(source)

@@ -1,6 +1,7 @@
 """Change: one change of topology, of several layers and of what their optimizer keeps for them."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,8 +37,13 @@ class Bound:
 
     def has_stray(self, gradient: Tensor) -> Tensor:
         """Whether a gradient is not 0 somewhere where the weight is dropped, on the device; NaN and inf say nothing."""
-        there = local(gradient).nan_to_num(0.0, 0.0, 0.0).ne(0)
-        return there.logical_and_(own_part(self.mask.mask, gradient).logical_not()).any()
+        return nonzero(gradient).logical_and_(own_part(self.mask.mask, gradient).logical_not()).any()
+
+
+def nonzero(gradient: Tensor) -> Tensor:
+    """Return where a gradient, of which a rank may hold a part, is finite and not 0."""
+    own = local(gradient)
+    return own.gt(-math.inf).logical_and_(own.lt(math.inf)).logical_and_(own.ne(0))
 
 
 @dataclass(frozen=True)

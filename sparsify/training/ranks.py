@@ -10,9 +10,9 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from passes.masking.mask import Mask, masks_of
-from passes.shards import is_sharded, local, own_part
+from passes.shards import is_sharded, own_part
 from sparsify.training.base import UpdaterBase
-from sparsify.training.change import Bound
+from sparsify.training.change import Bound, nonzero
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 
@@ -87,7 +87,7 @@ def check_drift(seen: Iterable[tuple[Bound, Tensor]]) -> None:
     """
     for b, gradient in seen:
         mask = own_part(b.mask.mask, gradient)
-        there = local(gradient).nan_to_num(0.0, 0.0, 0.0).ne(0)
+        there = nonzero(gradient)
         dropped, kept = (int((there & part).sum()) for part in (~mask, mask))
         if dropped and 2 * dropped * int(mask.sum()) < kept * int((~mask).sum()):
             raise RuntimeError(

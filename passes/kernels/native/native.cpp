@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "norms.h"
+#include "order.h"
 #include "plan.h"
 #include "selection.h"
 #include "sums.h"
@@ -40,6 +41,9 @@ int64_t sparsify_split(const float *scores, const uint8_t *among, int64_t count,
                        uint8_t *chosen, int64_t *positions) {
   return (lowest ? split<true> : split<false>)(scores, among, count, low, high, chosen, positions);
 }
+
+// Find the order of kept weights: see order.h.
+void sparsify_order(Order *of, int32_t threads) { order(*of, threads); }
 
 // Make a plan of steps, whose tables must outlive it; `floats` is the size of an arena, `split` the first step that runs layer
 // by layer.

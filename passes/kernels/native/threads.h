@@ -8,6 +8,8 @@
 
 namespace sparsify {
 
+constexpr int64_t kSerial = 32768;  // elements up to which threads cost more than they save
+
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 using Number = int (*)();
 

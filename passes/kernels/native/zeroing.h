@@ -7,8 +7,6 @@
 
 namespace sparsify {
 
-constexpr int64_t kSerial = 32768;  // elements up to which threads cost more than they save
-
 template <typename T>
 void zero(void *data, const uint8_t *mask, int64_t count, int32_t threads) {
   T *values = static_cast<T *>(data);
