@@ -64,28 +64,34 @@ def prepared(of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window
         window: what it looks at.
         x, y: input and output.
     """
-    last, alone = format_of(as_images(weight)) == torch.channels_last, is_compressed(weight, mask)
-    key = (of, last, alone, window, Lying.of(x), Lying.of(y), threads())
+    key = (of, window, *((t.shape, t.stride()) for t in (weight, x, y)), threads())
     version = 0 if mask.is_inference() else mask._version
     with _LOCK:
         sums = _PREPARED.get(mask)
         if sums is None or sums.version != version:
             sums = _PREPARED[mask] = _Sums(version, {}, {}, {})
         if key not in sums.found:
-            if (window.groups, last, alone) not in sums.kept:
-                found = Kept.of(mask.numpy(), window.groups, last)
-                sums.kept[window.groups, last, alone] = found.alone() if alone else found
-            kept = sums.kept[window.groups, last, alone]
-            tables = sums.tables.setdefault((of, window, last, alone), {})
+            found = _prepare(of, library, weight, mask, window, x, y, sums)
             if len(sums.found) >= 3 * _SHAPES:
                 sums.found.pop(next(iter(sums.found)))
-            if len(tables) > _TABLES:
-                tables.clear()
-            sums.found[key] = _MAKERS[of](library, kept, window, key[4], key[5], _machine(library), tables)
-        found = sums.found[key]
-    if weight.numel() != found.records[0].elements:
+            sums.found[key] = found
+        return sums.found[key]
+
+
+def _prepare(
+    of: str, library: ctypes.CDLL, weight: Tensor, mask: Tensor, window: Window, x: Tensor, y: Tensor, sums: _Sums
+) -> Prepared:
+    last, alone = format_of(as_images(weight)) == torch.channels_last, is_compressed(weight, mask)
+    if (window.groups, last, alone) not in sums.kept:
+        found = Kept.of(mask.numpy(), window.groups, last)
+        sums.kept[window.groups, last, alone] = found.alone() if alone else found
+    kept = sums.kept[window.groups, last, alone]
+    if weight.numel() != kept.elements:
         raise ValueError(f"A weight of {tuple(weight.shape)} is neither whole nor the kept values of its mask.")
-    return found
+    tables = sums.tables.setdefault((of, window, last, alone), {})
+    if len(tables) > _TABLES:
+        tables.clear()
+    return _MAKERS[of](library, kept, window, Lying.of(x), Lying.of(y), _machine(library), tables)
 
 
 def format_of(x: Tensor) -> torch.memory_format:
@@ -96,4 +102,4 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 def as_images(weight: Tensor) -> Tensor:
     """Return a weight, or its mask, with rows and columns."""
-    return weight.reshape(with_pixels(weight.shape))
+    return weight if weight.dim() == 4 else weight.reshape(with_pixels(weight.shape))

@@ -135,10 +135,8 @@ def _load(path: Path) -> ctypes.CDLL:
         ("cache", long, (integer,)),
         ("sum", integer, (pointer, long, pointer, pointer, pointer, pointer, integer)),
         ("sum_gradient", integer, (pointer, pointer, pointer, pointer, integer)),
-        ("norm_statistics", None, (*[pointer] * 4, integer)),
-        ("norm_apply", None, (*[pointer] * 6, integer, integer)),
-        ("norm_sums", None, (*[pointer] * 9, integer)),
-        ("norm_backward", None, (*[pointer] * 11, integer)),
+        ("norm_forward", None, (*[pointer] * 6, integer)),
+        ("norm_backward", None, (*[pointer] * 10, integer)),
     ):
         function = getattr(library, f"sparsify_{name}")
         function.restype, function.argtypes = result, arguments

@@ -1,7 +1,7 @@
 """Norms: batch normalisation in training with the addition and the ReLU behind it, as one operator of torch.
 
-Norm, addition and ReLU each read and write whole activations; together they read them twice and write once, and their gradients
-likewise. Where convolutions cost a tenth, that is most of what is left of a step.
+Norm, addition and ReLU each read and write whole activations; together they read them once from memory, again from the cache,
+and write once, and their gradients likewise. Where convolutions cost a tenth, that is most of what is left of a step.
 """
 
 import ctypes
@@ -26,11 +26,16 @@ _LIBRARY.define(
 class _Norm(ctypes.Structure):
     """The fields of `Norm` in native/norms.h."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("images", "channels", "pixels"))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "channels", "pixels", "relu")),
+        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+    )
 
 
-def _norm(x: Tensor) -> Any:
-    return ctypes.byref(_Norm(x.shape[0], x.shape[1], x[0, 0].numel()))
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Any:
+    pixels = x.numel() // (x.shape[0] * x.shape[1])
+    return ctypes.byref(_Norm(x.shape[0], x.shape[1], pixels, relu, eps, weight.data_ptr(), bias.data_ptr()))
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
@@ -48,14 +53,12 @@ def _native() -> ctypes.CDLL:
 def _normalize(
     x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, other = x.contiguous(), None if other is None else other.contiguous()
-    mean, variance = x.new_empty(2, x.shape[1])
-    library, norm = _native(), _norm(x)
-    library.sparsify_norm_statistics(norm, *_pointers(x, mean, variance), threads())
-    scale = weight * (variance + eps).rsqrt()
-    shift, y = bias - mean * scale, torch.empty_like(x)
-    library.sparsify_norm_apply(norm, *_pointers(x, other, scale, shift, y), relu, threads())
-    return y, mean, variance.clone()
+    x, weight, bias = (t.contiguous() for t in (x, weight, bias))
+    other = None if other is None else other.contiguous()
+    y, mean, variance = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(bias)
+    norm = _norm(x, weight, bias, eps, relu)
+    _native().sparsify_norm_forward(norm, *_pointers(x, other, y, mean, variance), threads())
+    return y, mean, variance
 
 
 @torch.library.register_fake("sparsify::normalize", lib=_LIBRARY)
@@ -76,21 +79,12 @@ def _normalize_backward(
     relu: bool,
     of_other: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad, x = grad.contiguous(), x.contiguous()
-    sums, products = (torch.empty_like(mean) for _ in range(2))
-    library, norm = _native(), _norm(x)
-    inverse, count = (variance + eps).rsqrt(), x.numel() // x.shape[1]
-    scale = weight * inverse
-    gate = _pointers(grad, y, x, scale, shift := bias - mean * scale)
-    if y is not None or not relu:
-        gate[-2:] = None, None
-    library.sparsify_norm_sums(norm, *gate, *_pointers(mean, sums, products), threads())
-    slope = -scale * inverse.square() * products / count
-    plus = -scale * sums / count - slope * mean
-    of_x, added = torch.empty_like(x), torch.empty_like(x) if of_other else None
-    library.sparsify_norm_backward(norm, *gate, *_pointers(scale, slope, plus, of_x, added), threads())
-    del shift  # which `gate` points to
-    return of_x, products * inverse, sums, x.new_empty(0) if added is None else added
+    grad, x, weight, bias = (t.contiguous() for t in (grad, x, weight, bias))
+    found = torch.empty_like(x), torch.empty_like(x) if of_other else None, torch.empty_like(weight), torch.empty_like(bias)
+    norm = _norm(x, weight, bias, eps, relu)
+    _native().sparsify_norm_backward(norm, *_pointers(grad, x, y, mean, variance, *found), threads())
+    of_x, added, of_weight, of_bias = found
+    return of_x, of_weight, of_bias, x.new_empty(0) if added is None else added
 
 
 @torch.library.register_fake("sparsify::normalize_backward", lib=_LIBRARY)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -34,8 +35,7 @@ class Window:
         return (*kernel, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0)
 
 
-@dataclass(frozen=True)
-class Lying:
+class Lying(NamedTuple):
     """The shape of a tensor of images, (images, channels, rows, columns), and its strides."""
 
     shape: tuple[int, ...]

@@ -190,6 +190,8 @@ class _Planner:
         if not window.direct:
             source, at = emitter.move(x, window, shape.rows, shape.columns, lying.pitch)
         phases = 1 if window.direct else len(window.phases(0)) * len(window.phases(1))
+        if math.prod(weight.shape) >= 2**31:
+            raise Unsupported("a weight has 2**31 elements or more")
         mask, groups = mask_of(weight, self._bits), (op.options or {}).get("groups", 1)
         flat = (shape.rows - 1) * lying.pitch + shape.columns
         single = lying.distance == 1  # planes are one pixel

@@ -101,6 +101,8 @@ def _problem(mask: Mask, x: Tensor, weight: Tensor, bias: Any, sides: Sequence[A
         return why
     if x.device.type != "cpu":
         return "the device is not the CPU"
+    if mask.mask.numel() >= 2**31:
+        return "a weight has 2**31 elements or more"
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "numbers are not float32"
     if not x.numel():

@@ -88,23 +88,13 @@ int32_t sparsify_sum_gradient(const Sum *sum, const float *source, const float *
 }
 
 // Batch normalisation: see norms.h.
-void sparsify_norm_statistics(const Norm *norm, const float *x, float *mean, float *variance, int32_t threads) {
-  norm_statistics(*norm, x, mean, variance, threads);
+void sparsify_norm_forward(const Norm *norm, const float *x, const float *other, float *y, float *mean, float *variance,
+                           int32_t threads) {
+  norm_forward(*norm, x, other, y, mean, variance, threads);
 }
 
-void sparsify_norm_apply(const Norm *norm, const float *x, const float *other, const float *scale, const float *shift, float *y,
-                         int32_t relu, int32_t threads) {
-  norm_apply(*norm, x, other, scale, shift, y, relu, threads);
-}
-
-void sparsify_norm_sums(const Norm *norm, const float *gradient, const float *y, const float *x, const float *scale,
-                        const float *shift, const float *mean, float *sums, float *products, int32_t threads) {
-  norm_sums(*norm, gradient, {y, x, scale, shift}, mean, sums, products, threads);
-}
-
-void sparsify_norm_backward(const Norm *norm, const float *gradient, const float *y, const float *x, const float *scale,
-                            const float *shift, const float *by, const float *times, const float *plus, float *of_x,
-                            float *of_other, int32_t threads) {
-  norm_backward(*norm, gradient, {y, x, scale, shift}, by, times, plus, of_x, of_other, threads);
+void sparsify_norm_backward(const Norm *norm, const float *gradient, const float *x, const float *y, const float *mean,
+                            const float *variance, float *of_x, float *of_other, float *of_weight, float *of_bias, int32_t threads) {
+  norm_backward(*norm, gradient, x, y, mean, variance, of_x, of_other, of_weight, of_bias, threads);
 }
 }

@@ -1,7 +1,10 @@
 // Norms: batch normalisation in training, with the addition and the ReLU that follow it, over tensors [images][channels][pixels].
+//
+// Numbers of a channel are read twice. Threads take blocks of channels that are still in the cache for the second time.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "threads.h"
@@ -10,14 +13,30 @@
 namespace sparsify {
 
 struct Norm {
-  int64_t images, channels, pixels;
+  int64_t images, channels, pixels, relu;  // whether a ReLU follows
+  double epsilon;
+  const float *weight, *bias;  // [channels]
 };
 
-// Call use(image, channel, first number) for all planes of a thread's images.
+constexpr int64_t kNear = 1 << 16;  // floats that stay in the cache of a core
+
+// Call work(first channel, end) for blocks of channels, of which so many tensors are read twice.
+template <typename Work>
+void in_blocks(const Norm &n, int64_t tensors, int32_t threads, const Work &work) {
+  const int64_t fitting = std::max(kNear / (tensors * n.images * n.pixels), int64_t(1));
+  const int64_t turns = (n.channels + fitting - 1) / fitting;
+  const int64_t blocks = std::min(n.channels, (turns + threads - 1) / threads * threads);
+  in_team(threads, [&](int64_t thread, int64_t team) {
+    for (int64_t block = blocks * thread / team; block < blocks * (thread + 1) / team; ++block)
+      work(n.channels * block / blocks, n.channels * (block + 1) / blocks);
+  });
+}
+
+// Call use(channel, first number) for all planes of some channels.
 template <typename Use>
-void planes_of(const Norm &n, int thread, int team, const Use &use) {
-  for (int64_t image = n.images * thread / team; image < n.images * (thread + 1) / team; ++image)
-    for (int64_t c = 0; c < n.channels; ++c) use(c, (image * n.channels + c) * n.pixels);
+void planes_of(const Norm &n, int64_t first, int64_t end, const Use &use) {
+  for (int64_t image = 0; image < n.images; ++image)
+    for (int64_t c = first; c < end; ++c) use(c, (image * n.channels + c) * n.pixels);
 }
 
 // Go along a plane, vector by vector; `one` gets what does not fill a vector.
@@ -28,138 +47,124 @@ void along(int64_t begin, int64_t pixels, const Vectors &vectors, const One &one
   for (; i < begin + pixels; ++i) one(i);
 }
 
-// Two sums a channel, of all threads, in double precision.
-class Totals {
- public:
-  Totals(int64_t channels, int32_t threads) : channels_(channels), sums_(2 * channels * threads) {}
-  double *of(int thread) { return sums_.data() + 2 * channels_ * thread; }
-  double total(int64_t which) const {
-    double sum = 0;
-    for (size_t i = which; i < sums_.size(); i += 2 * channels_) sum += sums_[i];
-    return sum;
-  }
+// What a channel is multiplied by, and what is added.
+struct Line {
+  float scale, shift;
 
- private:
-  int64_t channels_;
-  std::vector<double> sums_;
+  Line(const Norm &n, int64_t c, float mean, float variance)
+      : scale(static_cast<float>(n.weight[c] / std::sqrt(variance + n.epsilon))), shift(n.bias[c] - mean * scale) {}
 };
 
-// Mean and biased variance of every channel. What is squared is the distance from the channel's first number, so that nothing
-// cancels.
-inline void norm_statistics(const Norm &n, const float *x, float *mean, float *variance, int32_t threads) {
-  Totals totals(n.channels, threads);
-  in_team(threads, [&](int thread, int team) {
-    double *own = totals.of(thread);
-    planes_of(n, thread, team, [&](int64_t c, int64_t begin) {
-      const float first = x[c * n.pixels];
-      Vector sum = {}, squares = {};
-      float rest = 0, rest_squares = 0;
-      along(
-          begin, n.pixels,
-          [&](int64_t i) {
-            const Vector value = load(x + i) - first;
-            sum += value;
-            squares += value * value;
-          },
-          [&](int64_t i) {
-            rest += x[i] - first;
-            rest_squares += (x[i] - first) * (x[i] - first);
-          });
-      own[2 * c] += static_cast<double>(across(sum)) + rest;
-      own[2 * c + 1] += static_cast<double>(across(squares)) + rest_squares;
-    });
-  });
+// y = the normalised x, plus `other` if it is not null, and mean and biased variance of every channel. What is squared is the
+// distance from the channel's first number, so that nothing cancels.
+inline void norm_forward(const Norm &n, const float *x, const float *other, float *y, float *mean, float *variance, int32_t threads) {
   const double count = static_cast<double>(n.images * n.pixels);
-  for (int64_t c = 0; c < n.channels; ++c) {
-    const double shift = totals.total(2 * c) / count;
-    mean[c] = static_cast<float>(x[c * n.pixels] + shift);
-    variance[c] = static_cast<float>(std::max(0.0, totals.total(2 * c + 1) / count - shift * shift));
-  }
-}
-
-// y = x * scale + shift + other, or 0 where that is negative and `relu` says so; `other` may be null.
-inline void norm_apply(const Norm &n, const float *x, const float *other, const float *scale, const float *shift, float *y, bool relu,
-                       int32_t threads) {
-  in_team(threads, [&](int thread, int team) {
-    planes_of(n, thread, team, [&](int64_t c, int64_t begin) {
-      const Vector by = splat(scale[c]), plus = splat(shift[c]);
+  in_blocks(n, 1, threads, [&](int64_t first, int64_t end) {
+    std::vector<double> sums(end - first), squares(end - first);
+    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+      const float start = x[c * n.pixels];
+      Vector sum = {}, square = {};
+      float rest = 0, rest_square = 0;
       along(
           begin, n.pixels,
           [&](int64_t i) {
-            Vector value = load(x + i) * by + plus;
-            if (other) value += load(other + i);
-            store(y + i, relu ? larger(value, Vector{}) : value);
+            const Vector value = load(x + i) - start;
+            sum += value;
+            square += value * value;
           },
           [&](int64_t i) {
-            const float value = x[i] * scale[c] + shift[c] + (other ? other[i] : 0.f);
-            y[i] = relu && value < 0.f ? 0.f : value;
+            rest += x[i] - start;
+            rest_square += (x[i] - start) * (x[i] - start);
+          });
+      sums[c - first] += static_cast<double>(across(sum)) + rest;
+      squares[c - first] += static_cast<double>(across(square)) + rest_square;
+    });
+    for (int64_t c = first; c < end; ++c) {
+      const double shift = sums[c - first] / count;
+      mean[c] = static_cast<float>(x[c * n.pixels] + shift);
+      variance[c] = static_cast<float>(std::max(0.0, squares[c - first] / count - shift * shift));
+    }
+    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+      const Line line(n, c, mean[c], variance[c]);
+      along(
+          begin, n.pixels,
+          [&](int64_t i) {
+            Vector value = load(x + i) * line.scale + line.shift;
+            if (other) value += load(other + i);
+            store(y + i, n.relu ? larger(value, Vector{}) : value);
+          },
+          [&](int64_t i) {
+            const float value = x[i] * line.scale + line.shift + (other ? other[i] : 0.f);
+            y[i] = n.relu && value < 0.f ? 0.f : value;
           });
     });
   });
 }
 
-// What of a gradient comes through a ReLU: all without one, what is not 0 in its result `y`, or else what x * scale + shift says.
+// What of a gradient comes through a ReLU: all without one, what is not 0 in its result `y`, or else where x lies on a line's
+// upper side.
 struct Gate {
-  const float *y, *x, *scale, *shift;  // the last two are null where `y` is there or all comes through
+  const float *gradient, *x, *y;
+  bool relu;
+  Line line;
 
-  Vector vector(const float *gradient, int64_t c, int64_t i) const {
+  Vector vector(int64_t i) const {
     const Vector g = load(gradient + i);
-    if (y) return load(y + i) == 0.f ? Vector{} : g;
-    return shift ? (load(x + i) * splat(scale[c]) + splat(shift[c]) > 0.f ? g : Vector{}) : g;
+    if (!relu) return g;
+    return y ? (load(y + i) == 0.f ? Vector{} : g) : (load(x + i) * line.scale + line.shift > 0.f ? g : Vector{});
   }
-  float one(const float *gradient, int64_t c, int64_t i) const {
-    if (y) return y[i] == 0.f ? 0.f : gradient[i];
-    return shift && !(x[i] * scale[c] + shift[c] > 0.f) ? 0.f : gradient[i];
+  float one(int64_t i) const {
+    if (!relu) return gradient[i];
+    return (y ? y[i] == 0.f : !(x[i] * line.scale + line.shift > 0.f)) ? 0.f : gradient[i];
   }
 };
 
-// Of the gradient g of y that comes through the gate: the sums of g and of g * (x - mean).
-inline void norm_sums(const Norm &n, const float *gradient, const Gate &gate, const float *mean, float *sums, float *products,
-                      int32_t threads) {
-  Totals totals(n.channels, threads);
-  in_team(threads, [&](int thread, int team) {
-    double *own = totals.of(thread);
-    planes_of(n, thread, team, [&](int64_t c, int64_t begin) {
+// The gradients of x, of weight and bias, and of what was added if `of_other` is not null; `y` is null where nothing was added.
+inline void norm_backward(const Norm &n, const float *gradient, const float *x, const float *y, const float *mean, const float *variance,
+                          float *of_x, float *of_other, float *of_weight, float *of_bias, int32_t threads) {
+  const double count = static_cast<double>(n.images * n.pixels);
+  const auto gate_of = [&](int64_t c) { return Gate{gradient, x, y, n.relu != 0, Line(n, c, mean[c], variance[c])}; };
+  in_blocks(n, y ? 3 : 2, threads, [&](int64_t first, int64_t end) {
+    std::vector<double> sums(end - first), products(end - first);  // of what comes through the gate, and of it and x - mean
+    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+      const Gate gate = gate_of(c);
       Vector sum = {}, product = {};
       float rest = 0, rest_product = 0;
       along(
           begin, n.pixels,
           [&](int64_t i) {
-            const Vector g = gate.vector(gradient, c, i);
+            const Vector g = gate.vector(i);
             sum += g;
-            product += g * (load(gate.x + i) - mean[c]);
+            product += g * (load(x + i) - mean[c]);
           },
           [&](int64_t i) {
-            const float g = gate.one(gradient, c, i);
+            const float g = gate.one(i);
             rest += g;
-            rest_product += g * (gate.x[i] - mean[c]);
+            rest_product += g * (x[i] - mean[c]);
           });
-      own[2 * c] += static_cast<double>(across(sum)) + rest;
-      own[2 * c + 1] += static_cast<double>(across(product)) + rest_product;
+      sums[c - first] += static_cast<double>(across(sum)) + rest;
+      products[c - first] += static_cast<double>(across(product)) + rest_product;
     });
-  });
-  for (int64_t c = 0; c < n.channels; ++c) {
-    sums[c] = static_cast<float>(totals.total(2 * c));
-    products[c] = static_cast<float>(totals.total(2 * c + 1));
-  }
-}
-
-// of_x = g * by + x * times + plus, and of_other = g, if it is not null.
-inline void norm_backward(const Norm &n, const float *gradient, const Gate &gate, const float *by, const float *times,
-                          const float *plus, float *of_x, float *of_other, int32_t threads) {
-  in_team(threads, [&](int thread, int team) {
-    planes_of(n, thread, team, [&](int64_t c, int64_t begin) {
+    for (int64_t c = first; c < end; ++c) {
+      of_bias[c] = static_cast<float>(sums[c - first]);
+      of_weight[c] = static_cast<float>(products[c - first] / std::sqrt(variance[c] + n.epsilon));
+    }
+    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+      const Gate gate = gate_of(c);
+      const double inverse = 1 / std::sqrt(variance[c] + n.epsilon);
+      const auto slope = static_cast<float>(-gate.line.scale * inverse * inverse * products[c - first] / count);
+      const auto plus = static_cast<float>(-gate.line.scale * sums[c - first] / count) - slope * mean[c];
       along(
           begin, n.pixels,
           [&](int64_t i) {
-            const Vector g = gate.vector(gradient, c, i);
+            const Vector g = gate.vector(i);
             if (of_other) store(of_other + i, g);
-            store(of_x + i, g * splat(by[c]) + load(gate.x + i) * splat(times[c]) + splat(plus[c]));
+            store(of_x + i, g * gate.line.scale + load(x + i) * slope + plus);
           },
           [&](int64_t i) {
-            const float g = gate.one(gradient, c, i);
+            const float g = gate.one(i);
             if (of_other) of_other[i] = g;
-            of_x[i] = g * by[c] + gate.x[i] * times[c] + plus[c];
+            of_x[i] = g * gate.line.scale + x[i] * slope + plus;
           });
     });
   });
