@@ -105,6 +105,30 @@ int run_sum(Reader &file, int32_t threads, bool gradient) {
   return different(found, expected);
 }
 
+// A norm of constant gradients, which are the gradient of its bias by their number: how many results are not what they must be.
+int run_norm(int32_t threads) {
+  constexpr int64_t images = 4, channels = 6, pixels = 37, count = images * channels * pixels;
+  const std::vector<float> weight(channels, 2.f), bias(channels, 3.f), gradient(count, 1.f), other(count, 0.f);
+  std::vector<float> x(count), y(count), of_x(count), of_other(count), sums[4];
+  for (auto &own : sums) own.resize(channels);
+  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(i * 7919 % 101);
+  const Norm norm{images, channels, pixels, 1, 1e-5, weight.data(), bias.data()};
+  sparsify_norm_forward(&norm, x.data(), nullptr, y.data(), sums[0].data(), sums[1].data(), threads);
+  sparsify_norm_backward(&norm, gradient.data(), x.data(), nullptr, sums[0].data(), sums[1].data(), of_x.data(), nullptr,
+                         sums[2].data(), sums[3].data(), threads);
+  int wrong = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    int64_t through = 0;
+    for (int64_t i = 0; i < count; ++i) through += i / pixels % channels == c && y[i] > 0;
+    wrong += sums[3][c] != static_cast<float>(through);
+  }
+  sparsify_norm_forward(&norm, x.data(), other.data(), y.data(), sums[0].data(), sums[1].data(), threads);
+  sparsify_norm_backward(&norm, gradient.data(), x.data(), y.data(), sums[0].data(), sums[1].data(), of_x.data(), of_other.data(),
+                         sums[2].data(), sums[3].data(), threads);
+  for (int64_t i = 0; i < count; ++i) wrong += (of_other[i] != 0) != (y[i] > 0);
+  return wrong;
+}
+
 }  // namespace
 
 int main(int, char **arguments) {
@@ -135,6 +159,7 @@ int main(int, char **arguments) {
     sparsify_order(&order, threads);
     wrong += order.found != count || starts[2000] != count;
   }
+  wrong += run_norm(threads);
   if (wrong) std::printf("%d results are wrong\n", wrong);
   return wrong != 0;
 }

@@ -430,7 +430,7 @@ def test_the_order_is_that_of_a_sort(
     assert order.offsets.tolist() == [100 * summed[k] + (shifts[taps[k]] or 0) for k in wanted]
     assert order.index.tolist() == kept.index[part].tolist()
     at = order.place // size
-    assert [sums[part][k] - sums[wanted][at[k]] for k in range(len(at))] == (order.place % size).tolist()
+    assert (sums[part] - sums[wanted][at] == order.place % size).all()
     assert (summed[part] == summed[wanted][at]).all()
     assert (taps[part] == taps[wanted][at]).all()
     sizes = np.diff(order.chunk_groups)
