@@ -98,13 +98,16 @@ def order_of(
         **{name: table.ctypes.data for name, table in tables.items()},
     )
     library.sparsify_order(ctypes.byref(order), threads())
-    own = {name: tables[name][: order.found].copy() if order.found < count else tables[name] for name in ("own", "place")}
+
+    def used(name: str, count: int) -> np.ndarray:
+        return tables[name] if count == len(tables[name]) else tables[name][:count].copy()
+
     return Order(
         blocks=blocks,
         widest=order.widest,
-        chunk_groups=tables["chunk_groups"][: order.chunks + 1].copy(),
+        chunk_groups=used("chunk_groups", order.chunks + 1),
         starts=tables["starts"],
-        offsets=tables["offsets"][: order.found // group].copy() if order.found < count else tables["offsets"],
-        index=own["own"] if order.found < count else kept.index,  # one for all sums of a layer
-        place=own["place"],
+        offsets=used("offsets", order.found // group),
+        index=used("own", order.found) if order.found < count else kept.index,  # one for all sums of a layer
+        place=used("place", order.found),
     )

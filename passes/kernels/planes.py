@@ -44,7 +44,7 @@ class Part:
     @property
     def own(self) -> list[Tap]:
         """The taps that add to this part."""
-        return [tap for tap in self.taps if tap]
+        return [tap for tap in self.taps if tap is not None]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ inline void norm_forward(const Norm &n, const float *x, const float *other, floa
   const double count = static_cast<double>(n.images * n.pixels);
   in_blocks(n, 1, threads, [&](int64_t first, int64_t end) {
     std::vector<double> sums(end - first), squares(end - first);
+    std::vector<Line> lines;
     planes_of(n, first, end, [&](int64_t c, int64_t begin) {
       const float start = x[c * n.pixels];
       Vector sum = {}, square = {};
@@ -83,9 +84,10 @@ inline void norm_forward(const Norm &n, const float *x, const float *other, floa
       const double shift = sums[c - first] / count;
       mean[c] = static_cast<float>(x[c * n.pixels] + shift);
       variance[c] = static_cast<float>(std::max(0.0, squares[c - first] / count - shift * shift));
+      lines.emplace_back(n, c, mean[c], variance[c]);
     }
     planes_of(n, first, end, [&](int64_t c, int64_t begin) {
-      const Line line(n, c, mean[c], variance[c]);
+      const Line line = lines[c - first];
       along(
           begin, n.pixels,
           [&](int64_t i) {
@@ -123,11 +125,13 @@ struct Gate {
 inline void norm_backward(const Norm &n, const float *gradient, const float *x, const float *y, const float *mean, const float *variance,
                           float *of_x, float *of_other, float *of_weight, float *of_bias, int32_t threads) {
   const double count = static_cast<double>(n.images * n.pixels);
-  const auto gate_of = [&](int64_t c) { return Gate{gradient, x, y, n.relu != 0, Line(n, c, mean[c], variance[c])}; };
   in_blocks(n, y ? 3 : 2, threads, [&](int64_t first, int64_t end) {
     std::vector<double> sums(end - first), products(end - first);  // of what comes through the gate, and of it and x - mean
+    std::vector<float> slopes(end - first), added(end - first);    // what x is multiplied by, and what is added
+    std::vector<Gate> gates;
+    for (int64_t c = first; c < end; ++c) gates.push_back({gradient, x, y, n.relu != 0, Line(n, c, mean[c], variance[c])});
     planes_of(n, first, end, [&](int64_t c, int64_t begin) {
-      const Gate gate = gate_of(c);
+      const Gate gate = gates[c - first];
       Vector sum = {}, product = {};
       float rest = 0, rest_product = 0;
       along(
@@ -146,14 +150,17 @@ inline void norm_backward(const Norm &n, const float *gradient, const float *x, 
       products[c - first] += static_cast<double>(across(product)) + rest_product;
     });
     for (int64_t c = first; c < end; ++c) {
-      of_bias[c] = static_cast<float>(sums[c - first]);
-      of_weight[c] = static_cast<float>(products[c - first] / std::sqrt(variance[c] + n.epsilon));
+      const int64_t i = c - first;
+      const double inverse = 1 / std::sqrt(variance[c] + n.epsilon);
+      const float scale = gates[i].line.scale;
+      of_bias[c] = static_cast<float>(sums[i]);
+      of_weight[c] = static_cast<float>(products[i] * inverse);
+      slopes[i] = static_cast<float>(-scale * inverse * inverse * products[i] / count);
+      added[i] = static_cast<float>(-scale * sums[i] / count) - slopes[i] * mean[c];
     }
     planes_of(n, first, end, [&](int64_t c, int64_t begin) {
-      const Gate gate = gate_of(c);
-      const double inverse = 1 / std::sqrt(variance[c] + n.epsilon);
-      const auto slope = static_cast<float>(-gate.line.scale * inverse * inverse * products[c - first] / count);
-      const auto plus = static_cast<float>(-gate.line.scale * sums[c - first] / count) - slope * mean[c];
+      const Gate gate = gates[c - first];
+      const float slope = slopes[c - first], plus = added[c - first];
       along(
           begin, n.pixels,
           [&](int64_t i) {

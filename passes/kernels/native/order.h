@@ -133,9 +133,9 @@ inline void order(Order &o, int32_t threads) {
     each(o, share.begin, share.end, [&](const Visited &w) {
       o.own[at] = o.index[w.number];
       if (w.first) {
-        const int32_t position = share.next[cell_of(w)]++;
-        o.place[at] = static_cast<int32_t>(position * o.group);
-        o.offsets[position] = static_cast<int32_t>(w.summed * o.distance + w.shift);
+        const int32_t here = share.next[cell_of(w)]++;
+        o.place[at] = static_cast<int32_t>(here * o.group);
+        o.offsets[here] = static_cast<int32_t>(w.summed * o.distance + w.shift);
       } else {  // one output further, where as many weights come as in the one before
         o.place[at] = o.place[at - counts[w.sum]] + 1;
       }
