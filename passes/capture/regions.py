@@ -106,7 +106,7 @@ def trace(model: nn.Module, blocks: Iterable[str] = (), python: Mapping[str, str
             return
         seen.add(module)
         inside = [name for name, _ in module.named_children()]
-        traced = python.get(path) or _why_not(module, path) or _trace_region(module, whole - {module})
+        traced = python.get(path) or _why_not(module, path) or trace_region(module, whole - {module})
         if isinstance(traced, Region):
             regions[path] = traced
             inside = [name for name, leaf in called_modules(module, traced.graphs) if not is_builtin(leaf)]
@@ -145,8 +145,8 @@ def _why_not(module: nn.Module, path: str) -> str | None:
     return None
 
 
-def _trace_region(module: nn.Module, blocks: frozenset[nn.Module]) -> Region | str:
-    """Trace one module in both modes, or say why it cannot be."""
+def trace_region(module: nn.Module, blocks: frozenset[nn.Module] = frozenset()) -> Region | str:
+    """Trace one module in both modes, or say why it cannot be; `modes_kept` and `answering` are to be entered before."""
     state, reason = Snapshot(module.modules(), hooks_of(module)), None
     for careful in (False, True):  # the second time finds what inside the module changes the state
         traced = _trace_modes(module, state, blocks, careful)

@@ -13,6 +13,7 @@ from torch import Tensor
 from passes.kernels.compiler import threads
 
 ACTIVATIONS = ("none", "relu", "clamp", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "gelu_tanh", "tanh")
+QUERIES = 4  # vectors of queries in a piece of an attention, at most
 
 
 class Kind(enum.IntEnum):
@@ -29,6 +30,7 @@ class Kind(enum.IntEnum):
     ACTIVATE = 8
     MEAN = 9
     NORMALIZE = 10
+    ATTEND = 11
 
 
 _INTEGERS, _TABLE, _NUMBERS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -41,7 +43,7 @@ class Step(ctypes.Structure):
         *((name, _INTEGERS) for name in ("kind", "items", "grain", "channels", "rows", "columns", "pitch", "lead", "tail")),
         *((name, _TABLE) for name in ("target", "source", "other")),
         ("activation", _INTEGERS),
-        *((name, _NUMBERS) for name in ("low", "high", "epsilon")),
+        *((name, _NUMBERS) for name in ("low", "high", "epsilon", "scaling")),
         *((name, _INTEGERS) for name in ("even", "outside", "image_stride", "channel_stride")),
         *((name, _INTEGERS) for name in ("row_stride", "column_stride")),
         ("boxes", _TABLE),
@@ -49,6 +51,7 @@ class Step(ctypes.Structure):
         ("window", _TABLE),
         *((name, _INTEGERS) for name in ("group", "blocks", "chunks")),
         *((name, _TABLE) for name in ("chunk_groups", "starts", "offsets", "values", "scale", "bias")),
+        ("heads", _INTEGERS),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from passes.lowering.attention import attend
 from passes.lowering.program import Op, Program, Weight
 
 _ACTIVATIONS = {
@@ -95,6 +96,8 @@ def _run(op: Op, inputs: list[Tensor], weight: Tensor | None, bias: Tensor | Non
         case "layer_norm":
             assert op.weight
             return F.layer_norm(x, op.weight.shape, weight, bias, **options)
+        case "attention":
+            return attend(x, options["heads"], True)
     raise ValueError(f"unknown operation {op.kind!r}")
 
 

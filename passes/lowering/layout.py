@@ -103,6 +103,8 @@ def _out(op: Op, inputs: list[Shape], flat: bool) -> Shape:
         if any((i.rows, i.columns) != (x.rows, x.columns) for i in inputs):
             raise Unsupported("joined values have different sizes")
         return Shape(sum(stop - start for _, start, stop in pieces), x.rows, x.columns, False, x.rank)
+    if op.kind == "attention":
+        return Shape(x.channels // 3, x.rows, x.columns, x.last, x.rank)
     if op.kind == "flatten":
         return Shape(x.channels * x.pixels, 1, 1, False, 2)
     if op.kind == "permute":

@@ -17,6 +17,7 @@ from passes.capture.regions import Capture, Region, called_modules, trace
 from passes.channels.prune import remove_dead_channels_
 from passes.lowering.attention import split_attention_
 from passes.lowering.batch_norms import fold_batch_norms_
+from passes.lowering.inline import inline_
 from passes.lowering.run import prepared
 from passes.lowering.segments import Part, cut, learn_shapes, part_of, replace_
 
@@ -44,6 +45,7 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
     inputs, expected = _observe(model, regions, args, kwargs)
     for path in inputs:
         fold_batch_norms_(model.get_submodule(path), regions[path].graphs[False])
+    inline_(model, {path: regions[path].graphs[False] for path in inputs})
     check_graphs("folding batch norms", model, regions)
     for path, given in inputs.items():
         module: Any = model.get_submodule(path)

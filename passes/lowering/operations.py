@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from passes.lowering.attention import attend
 from passes.lowering.operation import (
     Operation,
     adaptive,
@@ -56,7 +57,6 @@ _ARGUMENTS = {  # of functions and methods, in order
     "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     "adaptive_avg_pool2d": ("input", "output_size"),
 }
-_DROPPED_PATHS = ("StochasticDepth", "DropPath")  # of libraries that are not imported here
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -101,7 +101,7 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
     inputs, kind = tuple(x), type(layer)
     if kind in _ACTIVATION_LAYERS:
         return Operation("activation", inputs, activation=_ACTIVATION_LAYERS[kind](layer))
-    if kind in _IDENTITIES or (kind.__name__ in _DROPPED_PATHS and node.meta.get("returns_input")):
+    if kind in _IDENTITIES:
         return Operation("identity", inputs)
     if kind in (nn.Conv1d, nn.Conv2d) and layer.padding_mode == "zeros" and (padding := padding_of(layer)) is not None:
         options = {"stride": list(layer.stride), "padding": padding, "dilation": list(layer.dilation), "groups": layer.groups}
@@ -123,8 +123,6 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
         return average(inputs, vars(layer))
     if kind is nn.AdaptiveAvgPool2d:
         return adaptive(inputs, layer.output_size)
-    if kind.__name__ == "Permute" and isinstance(dims := getattr(layer, "dims", None), list):
-        return permuted(inputs, tuple(dims))
     if kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
         return Operation("flatten", inputs, last=False)
     return None
@@ -157,6 +155,8 @@ def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
         return Operation("flatten", inputs, last=False)
     if name == "mean" and dims_of(given.get("dim")) in ((2, 3), (-2, -1), (-1, -2)):
         return Operation("mean", inputs, options={"keepdim": bool(given.get("keepdim", False))}, last=False)
+    if node.target is attend and node.args[2]:
+        return Operation("attention", inputs, options={"heads": node.args[1]}, last=True)
     if name == "permute":
         return permuted(inputs, dims_of(node.args[1] if len(node.args) == 2 else node.args[1:]))
     if name == "layer_norm" and len(given["normalized_shape"]) == 1:

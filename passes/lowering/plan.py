@@ -11,7 +11,7 @@ from torch import Tensor
 from passes.kernels.compiler import threads
 from passes.kernels.costs import CALL, COPIED, Machine, choose, torch_cycles
 from passes.kernels.order import order_of
-from passes.kernels.steps import Kind, NativePlan
+from passes.kernels.steps import QUERIES, Kind, NativePlan
 from passes.lowering.arrange import mask_of, patterns_of
 from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
@@ -171,10 +171,14 @@ class _Planner:
             scale = self._values[op.weight.start : op.weight.start + op.weight.count].copy()
             fields |= {"scale": scale, "bias": self._bias(op), "epsilon": (op.options or {})["eps"]}
             fields |= {"grain": grain, "items": -(-vectors // grain)}
+        elif op.kind == "attention":
+            heads, vectors = (op.options or {})["heads"], -(-shape.pixels // self._machine.lanes)
+            scaling = (shape.channels / heads) ** -0.5
+            fields |= {"heads": heads, "scaling": scaling, "items": heads * -(-vectors // QUERIES)}
         elif op.kind in ("add", "multiply"):
             fields |= {"other": emitter.planes[op.inputs[1]], "even": int(emitter.shapes[op.inputs[1]].pixels == 1)}
         kinds = {"max_pool": Kind.POOL, "layer_norm": Kind.NORMALIZE, "add": Kind.ADD, "multiply": Kind.MULTIPLY}
-        kind = (kinds | {"mean": Kind.MEAN, "activation": Kind.ACTIVATE})[op.kind]
+        kind = (kinds | {"mean": Kind.MEAN, "activation": Kind.ACTIVATE, "attention": Kind.ATTEND})[op.kind]
         emitter.step(kind, emitter.planes[number], shape, lying, fields, op)
 
     def _bias(self, op: Op) -> np.ndarray:

@@ -30,7 +30,7 @@ class Op:
 
     Attributes:
         kind: "conv", "linear", "activation", "add", "multiply", "max_pool", "adaptive_pool", "mean", "channels", "flatten",
-            "permute" or "layer_norm".
+            "permute", "layer_norm" or "attention".
         inputs: the values that it reads; the last of a conv or linear with two is added to its result.
         name: of the node it stands for.
         weight, bias: of conv, linear and layer_norm. A bias is where its numbers start.

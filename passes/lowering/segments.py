@@ -143,7 +143,6 @@ class Shapes(fx.Interpreter):
         result = getattr(self, n.op)(n.target, thawed(args), thawed(kwargs))
         if isinstance(result, torch.Tensor):
             n.meta["tensor_meta"] = result.to("meta")
-            n.meta["returns_input"] = bool(args) and result is args[0]
         return result
 
 

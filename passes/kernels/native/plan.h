@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <vector>
 
+#include "attention.h"
 #include "convolution.h"
 #include "threads.h"
 
@@ -24,6 +25,7 @@ inline void run_item(const Step &step, float *arena, const float *const *inputs,
     case kPool: return pool_planes(step, arena, begin, end);
     case kMean: return mean_planes(step, arena, begin, end);
     case kNormalize: return normalize_pixels(step, arena, begin, begin + step.grain);
+    case kAttend: return attend(step, arena, item);
     default: return combine_planes(step, arena, begin, end);
   }
 }

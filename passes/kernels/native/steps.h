@@ -13,7 +13,7 @@
 
 namespace sparsify {
 
-enum Kind : int64_t { kRead, kMove, kWrite, kConvolve, kDots, kPool, kAdd, kMultiply, kActivate, kMean, kNormalize };
+enum Kind : int64_t { kRead, kMove, kWrite, kConvolve, kDots, kPool, kAdd, kMultiply, kActivate, kMean, kNormalize, kAttend };
 
 struct Step {
   int64_t kind;
@@ -26,6 +26,7 @@ struct Step {
   const int32_t *other;   // [channels] of a second operand, or null
   int64_t activation;
   float low, high, epsilon;
+  float scaling;          // of the products of an attention
   int64_t even;           // the second operand has one number a plane; planes that are written to a tensor are evenly apart
   // Of what is read and has a grid of its own, and of tensors outside the arena: distances in floats.
   int64_t outside;        // which tensor
@@ -41,6 +42,7 @@ struct Step {
   const float *values;          // [weights][group]
   const float *scale;           // [channels] of a normalisation, or null
   const float *bias;            // [channels], or null
+  int64_t heads;                // of an attention
 };
 
 // What lies between the positions of a tile and is no pixel, besides what is before the first and after the last row.
