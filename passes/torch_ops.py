@@ -84,4 +84,5 @@ def writes_in_place(node: fx.Node, module: Any) -> bool:
 
 def name_of(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls, or of the module or attribute that it names."""
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+    target = getattr(node.target, "overloadpacket", node.target)  # of torch.ops
+    return str(target if isinstance(target, str) else getattr(target, "__name__", target))

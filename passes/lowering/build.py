@@ -131,6 +131,8 @@ def _channels_last(node: fx.Node, nodes: Sequence[fx.Node], known: Mapping[fx.No
     reached = {node}
     for reader in nodes:
         if reached & set(known[reader].inputs):
+            if known[reader].options.get("biased") and known[reader].inputs[-1] is node:
+                return False
             if known[reader].last is not None:
                 return bool(known[reader].last)
             reached.add(reader)

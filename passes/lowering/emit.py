@@ -70,14 +70,14 @@ class Emitter:
         placed = [{k: v.offsets() if isinstance(v, Planes) else v for k, v in step.items()} for step in self._steps]
         return [{k: v() if callable(v) else v for k, v in step.items()} for step in placed], floats
 
-    def read(self, value: int) -> None:
-        """Read an input."""
+    def read(self, value: int, same: bool) -> None:
+        """Read an input, which may be the same for all images."""
         shape, planes = self.shapes[value], self.new(value)
         self.planes.append(planes)
         strides = shape.strides()
         source = (np.arange(shape.channels) * strides["channel_stride"]).astype(np.int32)
         boxes = np.tile(np.array([0, shape.rows, 0, shape.columns], np.int32), (shape.channels, 1))
-        fields = {"outside": value, "image_stride": shape.channels * shape.pixels, "source": source, "boxes": boxes}
+        fields = {"outside": value, "image_stride": 0 if same else shape.channels * shape.pixels, "source": source, "boxes": boxes}
         self.step(Kind.READ, planes, shape, self.grids[value], {**fields, **strides})
 
     def write(self, output: int, value: int) -> None:

@@ -97,7 +97,8 @@ def _run(op: Op, inputs: list[Tensor], weight: Tensor | None, bias: Tensor | Non
             assert op.weight
             return F.layer_norm(x, op.weight.shape, weight, bias, **options)
         case "attention":
-            return attend(x, options["heads"], True)
+            parts, bias = (inputs[:-1], inputs[-1]) if options["biased"] else (inputs, None)
+            return attend(parts, bias, options["heads"], options["scale"])
     raise ValueError(f"unknown operation {op.kind!r}")
 
 

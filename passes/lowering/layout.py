@@ -70,7 +70,8 @@ def shapes_of(program: Program, inputs: Sequence[Sequence[int]]) -> tuple[list[S
     found = [_input_shape(tuple(shape), last, flat) for shape, last in zip(inputs, program.inputs, strict=True)]
     for op in program.ops:
         found.append(_out(op, [found[i] for i in op.inputs], flat))
-    images = {1 if flat else shape[0] for shape in inputs}
+    biases = {op.inputs[-1] for op in program.ops if (op.options or {}).get("biased")}  # one may be there for all images
+    images = {1 if flat else shape[0] for i, shape in enumerate(inputs) if i not in biases or shape[0] != 1} or {1}
     if len(images) > 1:
         raise Unsupported("inputs have different batches")
     return found, images.pop()
@@ -104,7 +105,7 @@ def _out(op: Op, inputs: list[Shape], flat: bool) -> Shape:
             raise Unsupported("joined values have different sizes")
         return Shape(sum(stop - start for _, start, stop in pieces), x.rows, x.columns, False, x.rank)
     if op.kind == "attention":
-        return Shape(x.channels // 3, x.rows, x.columns, x.last, x.rank)
+        return _attention_out(inputs, (op.options or {})["heads"], (op.options or {})["biased"])
     if op.kind == "flatten":
         return Shape(x.channels * x.pixels, 1, 1, False, 2)
     if op.kind == "permute":
@@ -120,6 +121,15 @@ def _out(op: Op, inputs: list[Shape], flat: bool) -> Shape:
     ):
         raise Unsupported("operands have different sizes")
     return x
+
+
+def _attention_out(inputs: list[Shape], heads: int, biased: bool) -> Shape:
+    x, parts = inputs[0], len(inputs) - biased
+    if any(part != x for part in inputs[:parts]) or x.rank != 3:
+        raise Unsupported("queries, keys and values have different sizes")
+    if biased and not (inputs[-1].rows == x.columns and inputs[-1].columns in (1, x.columns) and inputs[-1].channels in (1, heads)):
+        raise Unsupported("a mask has other sizes than heads, keys and queries")
+    return Shape(x.channels * parts // 3, x.rows, x.columns, x.last, x.rank)
 
 
 @dataclass(frozen=True)

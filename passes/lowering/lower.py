@@ -10,16 +10,17 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from passes.capture.captured import Captured, install
+from passes.capture.captured import install
 from passes.capture.leaves import is_builtin
 from passes.capture.lint import check_graphs
 from passes.capture.regions import Capture, Region, called_modules, trace
 from passes.channels.prune import remove_dead_channels_
-from passes.lowering.attention import split_attention_
+from passes.lowering.attention import join_heads_, split_attention_
 from passes.lowering.batch_norms import fold_batch_norms_
 from passes.lowering.inline import inline_
 from passes.lowering.run import prepared
 from passes.lowering.segments import Part, cut, learn_shapes, part_of, replace_
+from passes.lowering.whole import attach_, exported
 
 BACKENDS = ("auto", "measured", "native", "torch")
 LEFT = "_left_in_torch"
@@ -53,13 +54,20 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
         module.layers_changed()
         remove_dead_channels_(module, regions[path].graphs[False], given)
     check_graphs("removing dead channels", model, regions)
+    whole = exported(model, args, kwargs) if capture.opaque and backend != "torch" else None
     left = vars(model)[LEFT] = dict[str, str]()
     for path, given in inputs.items() if backend != "torch" else ():
         module = model.get_submodule(path)
-        left |= {f"{path}.{name}".lstrip("."): why for name, why in _lower_graph_(module, given, backend).items()}
+        left |= {f"{path}.{name}".lstrip("."): why for name, why in _lower_graph_(module, module.graph, given, backend).items()}
+        module.layers_changed()
     check_graphs("choosing kernels", model, regions)
     with torch.no_grad():
         _compare(expected, model(*args, **kwargs))
+        if whole:
+            _lower_graph_(whole.module, whole.module.graph, tree_leaves((args, kwargs)), backend)
+            whole.module.recompile()
+            attach_(model, whole)
+            _compare(expected, model(*args, **kwargs))
     return model
 
 
@@ -137,12 +145,10 @@ def left_in_torch(model: nn.Module) -> dict[str, str]:
     return {path: vars(model).get(LEFT, {}).get(path, "the kernels were not asked to, or could not see it") for path in layers}
 
 
-def _lower_graph_(module: nn.Module, inputs: Sequence[Any], backend: str) -> dict[str, str]:
-    """Put segments into the graph of a module where they are faster; return which layers stay, and why."""
-    assert isinstance(module, Captured)
-    graph = module.graph
+def _lower_graph_(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any], backend: str) -> dict[str, str]:
+    """Put segments into a graph of a module where they are faster; return which layers stay, and why."""
     learn_shapes(module, graph, inputs)
-    if split_attention_(module, graph):
+    if split_attention_(module, graph) | join_heads_(graph):
         learn_shapes(module, graph, inputs)
     left = {str(n.target): "the kernels do not know it" for n in graph.nodes if n.op == "call_module"}
     parts = []
@@ -153,7 +159,6 @@ def _lower_graph_(module: nn.Module, inputs: Sequence[Any], backend: str) -> dic
         else:
             parts.append(part)
     replace_(module, graph, parts)
-    module.layers_changed()
     return left
 
 

@@ -119,6 +119,13 @@ def adaptive(inputs: tuple[fx.Node, ...], size: Any) -> Operation | None:
     return None
 
 
+def attention(parts: list[fx.Node], bias: fx.Node | None, heads: int, scale: float | None) -> Operation:
+    """The arguments of `passes.lowering.attention.attend`."""
+    features = (shape_of(parts[0]) or (0,))[-1] * len(parts) // 3
+    options = {"heads": heads, "scale": (features / heads) ** -0.5 if scale is None else scale, "biased": bias is not None}
+    return Operation("attention", (*parts, bias) if bias else (*parts,), options=options, last=True)
+
+
 def padding_of(layer: Any) -> list[int] | None:
     """Return how many zeros are put at each side, None where sides differ."""
     if isinstance(layer.padding, str):

@@ -12,6 +12,7 @@ from passes.lowering.attention import attend
 from passes.lowering.operation import (
     Operation,
     adaptive,
+    attention,
     average,
     binary,
     dims_of,
@@ -85,7 +86,8 @@ def _fits(found: Operation, node: fx.Node) -> bool:
     constants = [t for t in (found.weight, found.bias) if t is not None]
     if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in constants) or not ranks <= {2, 3, 4}:
         return False
-    return all((shape_of(n) or (0,))[0] == (shape_of(node) or (0,))[0] for n in found.inputs)
+    batched = found.inputs[:-1] if found.options.get("biased") else found.inputs
+    return all((shape_of(n) or (0,))[0] == (shape_of(node) or (0,))[0] for n in batched)
 
 
 def overwrites(root: nn.Module, node: fx.Node) -> bool:
@@ -130,6 +132,8 @@ def _layer(layer: Any, node: fx.Node) -> Operation | None:
 
 def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
     given = _arguments(node, name)
+    if node.target is attend:
+        return attention(*node.args)  # pyright: ignore[reportArgumentType]
     x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if name == "cat" and given.get("dim") == 1 and isinstance(given["tensors"], (tuple, list)):
         return Operation("channels", tuple(given["tensors"]), last=False)
@@ -155,8 +159,6 @@ def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
         return Operation("flatten", inputs, last=False)
     if name == "mean" and dims_of(given.get("dim")) in ((2, 3), (-2, -1), (-1, -2)):
         return Operation("mean", inputs, options={"keepdim": bool(given.get("keepdim", False))}, last=False)
-    if node.target is attend and node.args[2]:
-        return Operation("attention", inputs, options={"heads": node.args[1]}, last=True)
     if name == "permute":
         return permuted(inputs, dims_of(node.args[1] if len(node.args) == 2 else node.args[1:]))
     if name == "layer_norm" and len(given["normalized_shape"]) == 1:

@@ -86,8 +86,8 @@ def plan(
     shapes, images = shapes_of(program, inputs)
     emitter = Emitter(shapes, grids_of(program, shapes))
     planner = _Planner(program, emitter, values.numpy(), bits.numpy(), library, machine)
-    for i in range(len(program.inputs)):
-        emitter.read(i)
+    for i, shape in enumerate(inputs):
+        emitter.read(i, same=shape[0] == 1 < images)
     for number, op in enumerate(program.ops, len(program.inputs)):
         planner.add(number, op)
     for i, value in enumerate(program.outputs):
@@ -172,9 +172,13 @@ class _Planner:
             fields |= {"scale": scale, "bias": self._bias(op), "epsilon": (op.options or {})["eps"]}
             fields |= {"grain": grain, "items": -(-vectors // grain)}
         elif op.kind == "attention":
-            heads, vectors = (op.options or {})["heads"], -(-shape.pixels // self._machine.lanes)
-            scaling = (shape.channels / heads) ** -0.5
-            fields |= {"heads": heads, "scaling": scaling, "items": heads * -(-vectors // QUERIES)}
+            options, vectors = op.options or {}, -(-shape.pixels // self._machine.lanes)
+            fields |= {"heads": options["heads"], "scaling": options["scale"], "items": options["heads"] * -(-vectors // QUERIES)}
+            parts = [emitter.planes[i] for i in op.inputs]
+            if options["biased"]:
+                fields |= {"other": parts.pop(), "even": int(emitter.shapes[op.inputs[-1]].channels == 1)}
+                fields |= {"source_pitch": emitter.grids[op.inputs[-1]].pitch, "source_columns": emitter.shapes[op.inputs[-1]].columns}
+            fields |= {"source": Planes.joined(parts)}
         elif op.kind in ("add", "multiply"):
             fields |= {"other": emitter.planes[op.inputs[1]], "even": int(emitter.shapes[op.inputs[1]].pixels == 1)}
         kinds = {"max_pool": Kind.POOL, "layer_norm": Kind.NORMALIZE, "add": Kind.ADD, "multiply": Kind.MULTIPLY}

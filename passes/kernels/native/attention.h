@@ -41,6 +41,8 @@ void attend_tile(const Step &step, float *arena, int64_t head, int64_t begin) {
   thread_local std::vector<float> memory;
   memory.resize(std::max<size_t>(memory.size(), tokens * Wide * kLanes));
   float *scores = memory.data();  // [keys][queries]
+  const int64_t shift = step.source_columns == 1 ? 0 : begin;  // one bias for all queries, or one for each
+  const float *bias = step.other ? arena + step.other[step.even ? 0 : head] + shift : nullptr;  // rows of keys
   Vector most[Wide], whole[Wide] = {};
   UNROLLED for (int v = 0; v < Wide; ++v) most[v] = splat(-INFINITY);
   by_rows(tokens, [&](int64_t key, auto rows) {
@@ -50,20 +52,25 @@ void attend_tile(const Step &step, float *arena, int64_t head, int64_t begin) {
         [&](int64_t i) { return arena + queries[i] + begin; });
     UNROLLED for (int r = 0; r < kRows; ++r) {
       UNROLLED for (int v = 0; v < Wide; ++v) {
-        most[v] = larger(sums[r][v], most[v]);
-        store(scores + ((key + r) * Wide + v) * kLanes, sums[r][v]);
+        Vector score = sums[r][v] * step.scaling;
+        if (bias) {
+          const float *added = bias + (key + r) * step.source_pitch;
+          score += step.source_columns == 1 ? splat(*added) : load(added + v * kLanes);
+        }
+        most[v] = larger(score, most[v]);
+        store(scores + ((key + r) * Wide + v) * kLanes, score);
       }
     }
   });
   for (int64_t key = 0; key < tokens; ++key) {
     UNROLLED for (int v = 0; v < Wide; ++v) {
-      float *score = scores + (key * Wide + v) * kLanes;
-      const Vector weight = exponential((load(score) - most[v]) * step.scaling);
-      store(score, weight);
+      float *to = scores + (key * Wide + v) * kLanes;
+      const Vector score = load(to), weight = score == -INFINITY ? Vector{} : exponential(score - most[v]);
+      store(to, weight);
       whole[v] += weight;
     }
   }
-  UNROLLED for (int v = 0; v < Wide; ++v) whole[v] = 1.f / whole[v];
+  UNROLLED for (int v = 0; v < Wide; ++v) whole[v] = whole[v] == 0.f ? Vector{} : 1.f / whole[v];  // where all is masked
   by_rows(features, [&](int64_t feature, auto rows) {
     constexpr int kRows = rows;
     const auto sums = sum_products<kRows, Wide>(

@@ -79,9 +79,7 @@ void convolve_tile(const Step &given, float *arena, int64_t chunk, int64_t begin
           UNROLLED for (int v = 0; v < Size; ++v) store(to + v * kLanes, sums[0].values[r][v]);
         }
         if (!finished) continue;
-        if (step.activation > kRelu)
-          for (int v = 0; v < Size; ++v)
-            store(to + v * kLanes, activate(load(to + v * kLanes), step.activation, step.low, step.high));
+        if (step.activation > kRelu) activate_all(to, Size, step.activation, step.low, step.high);
         frame(step, to - begin, begin, end, gaps);
       }
     }

@@ -27,7 +27,8 @@ struct Step {
   int64_t activation;
   float low, high, epsilon;
   float scaling;          // of the products of an attention
-  int64_t even;           // the second operand has one number a plane; planes that are written to a tensor are evenly apart
+  int64_t even;           // the second operand has one number a plane, or one plane for all heads; planes that are written to a
+                          // tensor are evenly apart
   // Of what is read and has a grid of its own, and of tensors outside the arena: distances in floats.
   int64_t outside;        // which tensor
   int64_t image_stride, channel_stride, row_stride, column_stride;
