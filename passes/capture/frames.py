@@ -20,6 +20,11 @@ def module_of(frame: FrameType) -> str:
     return frame.f_globals.get("__name__") or ""
 
 
+def is_generated(frame: FrameType) -> bool:
+    """Whether a frame runs code that fx made of a graph."""
+    return frame.f_code.co_filename.startswith("<eval_with_key>")
+
+
 def module_of_code(function: FunctionType) -> str:
     """Return the name of the module that a function's own code is in, which `functools.wraps` hides."""
     return function.__globals__.get("__name__") or ""

@@ -88,6 +88,7 @@ def choose(
     flat: int,
     pitch: int,
     groups: int,
+    images: int,
     *,
     single: bool,
 ) -> Work:
@@ -101,9 +102,10 @@ def choose(
         flat: numbers from the first pixel to the last.
         pitch: numbers from one row to the next.
         groups: convolution groups.
+        images: how many take turns.
         single: whether planes are one pixel.
     """
-    parts = 8 * threads() if threads() > 1 else 1
+    parts = 4 * threads() if threads() > 1 else 1  # so that a thread that is late leaves some to others
     if single:
         return Work(1, 1, 1 << 30, np.inf, parts, 0.7 * float(mask.sum()))
     found = []
@@ -112,9 +114,10 @@ def choose(
             continue
         # Outputs that share a pattern multiply what any of them keeps.
         patterns = mask if group == 1 else mask.reshape(-1, group, mask.shape[1]).any(1)
+        kept = float(np.count_nonzero(patterns))
         vectors, channels, cycles = cut(
             machine,
-            float(np.count_nonzero(patterns)),
+            kept,
             shape[0] // group,
             shape[1],
             heights=heights,
@@ -125,10 +128,26 @@ def choose(
             shifted=math.prod(shape[2:]) > 1,
         )
         tiles = -(-flat // (machine.lanes * vectors))
-        # Weights of a chunk stay in the next cache while tiles take turns.
-        chunk = np.inf if tiles == 1 else 16384
+        chunk = _chunk(machine, kept, tiles * images, 4 * vectors * machine.lanes * shape[1] * groups)
         found.append(Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), cycles))
     return min(found, key=lambda work: work.cycles)
+
+
+def _chunk(machine: Machine, kept: float, tiles: int, pixels: int) -> float:
+    """Return the most weights of a chunk of outputs.
+
+    Weights of a chunk stay in the next cache while a thread's tiles take turns, and every chunk reads the pixels of every tile
+    again: what comes from far away less often decides.
+
+    Args:
+        machine: what it runs on.
+        kept: weights, of as many outputs as share a pattern.
+        tiles: of all images that take turns.
+        pixels: bytes of a tile that all weights look at.
+    """
+    turns, most = -(-tiles // threads()), 16384
+    again = (kept / most - 1) * turns * pixels if pixels > machine.next_cache / 2 else 0.0
+    return np.inf if again >= (turns - 1) * 8 * kept else most
 
 
 def cut(

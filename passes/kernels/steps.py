@@ -14,6 +14,7 @@ from passes.kernels.compiler import threads
 
 ACTIVATIONS = ("none", "relu", "clamp", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "gelu_tanh", "tanh")
 QUERIES = 4  # vectors of queries in a piece of an attention, at most
+IMAGES = 8  # of a batch that take turns in a step, at most
 
 
 class Kind(enum.IntEnum):

@@ -1,7 +1,7 @@
 """Attention: `nn.MultiheadAttention`, or views around torch's product, as one function that the kernels know."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def split_attention_(module: nn.Module, graph: fx.Graph) -> bool:
         with graph.inserting_before(node):
             x = node.args[0] if layer.batch_first else graph.call_method("transpose", (node.args[0], 0, 1))
             inner = graph.call_module(f"{path}.inner", (x,))
-            joined = graph.call_function(attend, ([inner], None, layer.num_heads, None))
+            joined = _call(graph, attend, [inner], None, layer.num_heads, None)
             outer = graph.call_module(f"{path}.outer", (joined,))
             result = outer if layer.batch_first else graph.call_method("transpose", (outer, 0, 1))
         for user in list(node.users):
@@ -108,8 +108,10 @@ def join_heads_(graph: fx.Graph) -> bool:
     found = False
     for node in [n for n in graph.nodes if name_of(n) == "scaled_dot_product_attention"]:
         given = {**dict(zip(_GIVEN, node.args, strict=False)), **node.kwargs}
-        last, shape, mask = _joined(node), shape_of(node), given.get("attn_mask")
-        parts = _parts(*(given[name] for name in _GIVEN[:3]), shape) if shape else None
+        shape, mask = shape_of(node) or (), given.get("attn_mask")
+        if len(shape) != 4:
+            continue
+        last, parts = _joined(node), _parts(given["query"], given["key"], given["value"], shape)
         if not last or not parts or given.get("is_causal") or given.get("dropout_p") or given.get("enable_gqa"):
             continue
         if isinstance(mask, fx.Node):
@@ -117,14 +119,20 @@ def join_heads_(graph: fx.Graph) -> bool:
                 continue
             if mask not in biases:
                 with graph.inserting_before(node):
-                    biases[mask] = graph.call_function(bias_of, (mask,))
+                    biases[mask] = _call(graph, bias_of, mask)
         with graph.inserting_before(node):
             bias = biases[mask] if isinstance(mask, fx.Node) else None
-            result = graph.call_function(attend, (parts, bias, shape[1], given.get("scale")))
+            result = _call(graph, attend, parts, bias, shape[1], given.get("scale"))
         last.replace_all_uses_with(result)
         _erase(last)
         found = True
     return found
+
+
+def _call(graph: fx.Graph, function: Callable[..., Tensor], *args: Any) -> fx.Node:
+    node = graph.call_function(function, args)
+    node.meta["is_wrapped"] = True  # generated code keeps the call when it is traced again
+    return node
 
 
 def _erase(node: fx.Node) -> None:
@@ -183,8 +191,8 @@ def _swapped(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | None:
 
 
 def _joined(node: fx.Node) -> fx.Node | None:
-    """Return the node that joins the heads of a product: (batch, tokens, features), where nothing else reads what is between."""
-    batch, heads, tokens, features = shape_of(node) or (0, 0, 0, 0)
+    """Return the node that joins the heads of a product, (batch, tokens, features), if nothing else reads what is between."""
+    batch, heads, tokens, features = _shape(node)
     swapped = False
     while len(node.users) == 1:
         (node,) = node.users

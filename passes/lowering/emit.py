@@ -77,7 +77,12 @@ class Emitter:
         strides = shape.strides()
         source = (np.arange(shape.channels) * strides["channel_stride"]).astype(np.int32)
         boxes = np.tile(np.array([0, shape.rows, 0, shape.columns], np.int32), (shape.channels, 1))
-        fields = {"outside": value, "image_stride": 0 if same else shape.channels * shape.pixels, "source": source, "boxes": boxes}
+        fields = {
+            "outside": value,
+            "image_stride": 0 if same else shape.channels * shape.pixels,
+            "source": source,
+            "boxes": boxes,
+        }
         self.step(Kind.READ, planes, shape, self.grids[value], {**fields, **strides})
 
     def write(self, output: int, value: int) -> None:

@@ -45,10 +45,11 @@ def _inline(call: fx.Node, inside: fx.Graph | None) -> None:
     # One with a default holds for that default only.
     if inside is None or call.kwargs or len(given) != len(call.args) or any(node.args for node in given):
         return
-    if not all(isinstance(value, fx.Node) for value in call.args):
+    values = {node: value for node, value in zip(given, call.args, strict=True) if isinstance(value, fx.Node)}
+    if len(values) != len(given):
         return
     with call.graph.inserting_before(call):
-        result = call.graph.graph_copy(inside, dict(zip(given, call.args, strict=True)))
+        result = call.graph.graph_copy(inside, values)
     if isinstance(result, fx.Node):
         call.replace_all_uses_with(result)
         call.graph.erase_node(call)

@@ -13,6 +13,8 @@ from passes.lowering.program import Op, Program
 from passes.lowering.windows import Unsupported, window_of
 
 SLACK = 16  # numbers after the last row that a vector may run over
+_LAST = ("linear", "layer_norm", "attention")  # what takes channels to be the last dimension, and what the second
+_FIRST = ("conv", "max_pool", "adaptive_pool", "mean", "channels", "flatten")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def _grid(grid: Sequence[int]) -> tuple[int, int]:
 
 def _out(op: Op, inputs: list[Shape], flat: bool) -> Shape:
     x, window = inputs[0], window_of(op)
+    if x.rank > 2 and x.last is not (op.kind in _LAST) and op.kind in (*_LAST, *_FIRST):
+        raise Unsupported("operations disagree on which dimension holds channels")
     if window:
         return Shape(op.weight.shape[0] if op.weight else x.channels, *window.out(x.rows, x.columns), False, x.rank)
     if op.kind == "linear":
@@ -127,7 +131,9 @@ def _attention_out(inputs: list[Shape], heads: int, biased: bool) -> Shape:
     x, parts = inputs[0], len(inputs) - biased
     if any(part != x for part in inputs[:parts]) or x.rank != 3:
         raise Unsupported("queries, keys and values have different sizes")
-    if biased and not (inputs[-1].rows == x.columns and inputs[-1].columns in (1, x.columns) and inputs[-1].channels in (1, heads)):
+    if biased and not (
+        inputs[-1].rows == x.columns and inputs[-1].columns in (1, x.columns) and inputs[-1].channels in (1, heads)
+    ):
         raise Unsupported("a mask has other sizes than heads, keys and queries")
     return Shape(x.channels * parts // 3, x.rows, x.columns, x.last, x.rank)
 

@@ -1,16 +1,21 @@
 """Lower: a dense model with zeros as graphs of evaluation whose parts the kernels run."""
 
+import contextlib
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from passes.capture.captured import install
+from passes.capture.frames import is_generated, is_users, module_of
 from passes.capture.leaves import is_builtin
 from passes.capture.lint import check_graphs
 from passes.capture.regions import Capture, Region, called_modules, trace
@@ -64,7 +69,7 @@ def lower_(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], bac
     with torch.no_grad():
         _compare(expected, model(*args, **kwargs))
         if whole:
-            _lower_graph_(whole.module, whole.module.graph, tree_leaves((args, kwargs)), backend)
+            _lower_graph_(whole.module, whole.module.graph, whole.flat(args, kwargs) or [], backend)
             whole.module.recompile()
             attach_(model, whole)
             _compare(expected, model(*args, **kwargs))
@@ -78,7 +83,7 @@ def _observe(
     """Run a model; return what regions were called with, by position, and the output.
 
     Regions that were not called are not there, nor are those whose layers something else calls besides, another graph or Python
-    code: they stay as they are.
+    code, or whose parameters Python code reads: they stay as they are.
     """
     inputs: dict[str, tuple[Any, ...]] = {}
     calls: Counter[nn.Module] = Counter()
@@ -96,7 +101,8 @@ def _observe(
         handles.append(root.register_forward_pre_hook(remember, with_kwargs=True))
         handles += [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in dict.fromkeys(layers)]
     try:
-        output = model(*args, **kwargs)
+        with _reads_of_parameters() as read:
+            output = model(*args, **kwargs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -107,7 +113,26 @@ def _observe(
     layers = {path: _layers_of(model.get_submodule(path), region.graphs) for path, region in regions.items()}
     owners = Counter(layer for own in layers.values() for layer in own)
     alone = {p for p, own in layers.items() if all(owners[layer] == 1 and calls[layer] <= named[layer] for layer in own)}
+    alone -= {p for p, own in layers.items() if not read.isdisjoint((model.get_submodule(p), *own))}
     return {path: given for path, given in inputs.items() if path in alone}, output
+
+
+@contextlib.contextmanager
+def _reads_of_parameters() -> Iterator[set[nn.Module]]:
+    """Yield the modules whose parameters Python code of the user's, and not a graph, reads while the block runs."""
+    found: set[nn.Module] = set()
+    get = nn.Module.__getattr__
+
+    def remember(self: nn.Module, name: str) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        while frame and module_of(frame).startswith("passes."):
+            frame = frame.f_back
+        if frame and name in self._parameters and is_users(module_of(frame)) and not is_generated(frame):
+            found.add(self)
+        return get(self, name)
+
+    with mock.patch.object(nn.Module, "__getattr__", remember):
+        yield found
 
 
 def _bound(graph: fx.Graph, given: Sequence[Any], options: Mapping[str, Any]) -> tuple[Any, ...] | None:

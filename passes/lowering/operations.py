@@ -136,7 +136,10 @@ def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
         return attention(*node.args)  # pyright: ignore[reportArgumentType]
     x = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if name == "cat" and given.get("dim") == 1 and isinstance(given["tensors"], (tuple, list)):
-        return Operation("channels", tuple(given["tensors"]), last=False)
+        joined = tuple(given["tensors"])
+        # Of three dimensions, the second may be tokens.
+        images = len(shape_of(node) or ()) != 3 or any(_channels_first(root, n) for n in joined)
+        return Operation("channels", joined, last=False) if images else None
     if name == "mul" and len(node.args) == 2 and any(n.op == "get_attr" for n in node.all_input_nodes):
         return _scale(root, node)
     if x is None or x.op == "get_attr":
@@ -173,6 +176,13 @@ def _function(root: nn.Module, node: fx.Node, name: str) -> Operation | None:
     if name == "avg_pool2d":
         return average(inputs, given)
     return adaptive(inputs, given["output_size"]) if name == "adaptive_avg_pool2d" else None
+
+
+def _channels_first(root: nn.Module, node: fx.Node) -> bool:
+    """Whether what computes a value takes its second dimension to be channels."""
+    while (operation := operation_of(root, node)) and operation.last is None:
+        node = operation.inputs[0]
+    return operation is not None and operation.last is False
 
 
 def _value(root: nn.Module, node: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from passes.kernels.compiler import threads
 from passes.kernels.costs import CALL, COPIED, Machine, choose, torch_cycles
 from passes.kernels.order import order_of
-from passes.kernels.steps import QUERIES, Kind, NativePlan
+from passes.kernels.steps import IMAGES, QUERIES, Kind, NativePlan
 from passes.lowering.arrange import mask_of, patterns_of
 from passes.lowering.emit import Emitter
 from passes.lowering.layout import grids_of, shapes_of
@@ -85,7 +85,7 @@ def plan(
     """
     shapes, images = shapes_of(program, inputs)
     emitter = Emitter(shapes, grids_of(program, shapes))
-    planner = _Planner(program, emitter, values.numpy(), bits.numpy(), library, machine)
+    planner = _Planner(program, emitter, values.numpy(), bits.numpy(), library, machine, min(images, IMAGES))
     for i, shape in enumerate(inputs):
         emitter.read(i, same=shape[0] == 1 < images)
     for number, op in enumerate(program.ops, len(program.inputs)):
@@ -118,8 +118,10 @@ class _Planner:
         bits: np.ndarray,
         library: ctypes.CDLL,
         machine: Machine,
+        images: int,
     ) -> None:
         self._emitter, self._values, self._bits, self._library, self._machine = emitter, values, bits, library, machine
+        self._images = images  # that take turns in a step
         self._last_use = _last_uses(program)
         self.choices: list[Choice] = []
 
@@ -173,11 +175,18 @@ class _Planner:
             fields |= {"grain": grain, "items": -(-vectors // grain)}
         elif op.kind == "attention":
             options, vectors = op.options or {}, -(-shape.pixels // self._machine.lanes)
-            fields |= {"heads": options["heads"], "scaling": options["scale"], "items": options["heads"] * -(-vectors // QUERIES)}
+            fields |= {
+                "heads": options["heads"],
+                "scaling": options["scale"],
+                "items": options["heads"] * -(-vectors // QUERIES),
+            }
             parts = [emitter.planes[i] for i in op.inputs]
             if options["biased"]:
                 fields |= {"other": parts.pop(), "even": int(emitter.shapes[op.inputs[-1]].channels == 1)}
-                fields |= {"source_pitch": emitter.grids[op.inputs[-1]].pitch, "source_columns": emitter.shapes[op.inputs[-1]].columns}
+                fields |= {
+                    "source_pitch": emitter.grids[op.inputs[-1]].pitch,
+                    "source_columns": emitter.shapes[op.inputs[-1]].columns,
+                }
             fields |= {"source": Planes.joined(parts)}
         elif op.kind in ("add", "multiply"):
             fields |= {"other": emitter.planes[op.inputs[1]], "even": int(emitter.shapes[op.inputs[1]].pixels == 1)}
@@ -203,7 +212,9 @@ class _Planner:
         mask, groups = mask_of(weight, self._bits), (op.options or {}).get("groups", 1)
         flat = (shape.rows - 1) * lying.pitch + shape.columns
         single = lying.distance == 1  # planes are one pixel
-        work = choose(self._machine, mask, weight.shape, window.heights(), flat, lying.pitch, groups, single=single)
+        work = choose(
+            self._machine, mask, weight.shape, window.heights(), flat, lying.pitch, groups, self._images, single=single
+        )
         dense = torch_cycles(self._machine, mask.size, shape.pixels, groups, shape.channels * shape.pixels)
         kernel = "dots" if single else "sparse" if work.group == 1 else "shared"
         self.choices.append(Choice(op.name, op.kind, float(mask.mean()), kernel, work.cycles, dense))
