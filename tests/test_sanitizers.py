@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_native_kernels import IMAGES, thin
+from test_whole import Timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,6 +125,9 @@ def check(tmp_path: Path, machine: Machine, *flags: str) -> None:
     for name in MODELS:
         write_plan(path, thin(IMAGES[name](), 0.4), torch.randn(5, 5, 9, 11), machine)
         run(name, path)
+    for tokens in (1, 33):
+        write_plan(path, thin(Timm(), 0.4), torch.randn(5, tokens, 24), machine)
+        run(f"attention of {tokens}", path)
     for name in SUMS:
         for last in (False, True):
             for path in write_sums(tmp_path, name, machine, last):
@@ -144,15 +148,16 @@ def test_wide_vectors_compute_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.skipif(GXX is None, reason="there is no g++ here")
-def test_training_touches_no_memory_outside_of_tensors(tmp_path: Path) -> None:
-    """The tests of layers and norms again, in a process whose native library is built with the sanitizers."""
+def test_nothing_touches_memory_outside_of_tensors(tmp_path: Path) -> None:
+    """The tests of layers, norms and attention again, in a process whose native library is built with the sanitizers."""
     libraries = [
         subprocess.run([str(GXX), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("asan", "ubsan")
     ]
     own = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
     own["CXX"] = f"{GXX} -fsanitize=address,undefined -fno-sanitize-recover=all"
-    tests = Path(__file__).with_name("test_training_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "test_layers or test_norms or test_linear", str(tests)]
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("training_kernels", "whole")]
+    which = "test_layers or test_norms or test_linear or test_masks or test_heads"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", which, *tests]
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

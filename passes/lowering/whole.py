@@ -124,7 +124,7 @@ def exported(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     leaves = tuple(_leaf(values[name], value) for name, value in zip(leaf_names, given, strict=True))
     limits = {str(size): (float(r.lower), float(r.upper)) for size, r in program.range_constraints.items()}
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
-    environment = next((size.node.shape_env for x in tensors for size in x.shape if not isinstance(size, int)), None)
+    environment: Any = next((size.node.shape_env for x in tensors for size in x.shape if not isinstance(size, int)), None)
     guards = tuple(guard.expr.subs(environment.replacements) for guard in environment.guards) if environment else ()
     found = Exported(fx.GraphModule(module, graph), names, inputs, outputs, leaves, limits, guards)
     return found if _agrees(model, found, args, kwargs) else None
