@@ -82,10 +82,12 @@ def _observe(
 ) -> tuple[dict[str, tuple[Any, ...]], Any]:
     """Run a model; return what regions were called with, by position, and the output.
 
-    Regions that were not called are not there, nor are those whose layers something else calls besides, another graph or Python
-    code, or whose parameters Python code reads: they stay as they are.
+    Regions that were not called are not there. Others stay as they are, too: those that were called otherwise than their graph
+    holds for, those whose layers something else calls besides, another graph or Python code, and those whose parameters Python
+    code reads.
     """
     inputs: dict[str, tuple[Any, ...]] = {}
+    unfit: set[str] = set()
     calls: Counter[nn.Module] = Counter()
     named: Counter[nn.Module] = Counter()  # by the graphs that ran
     handles = []
@@ -95,7 +97,10 @@ def _observe(
 
         def remember(_: Any, given: tuple[Any, ...], options: dict[str, Any], path: str = path, layers: Any = layers) -> None:
             named.update(layers)
-            if (bound := _bound(regions[path].graphs[False], given, options)) is not None:
+            bound = _bound(regions[path].graphs[False], given, options)
+            if bound is None or not regions[path].arguments.fit(given, options):
+                unfit.add(path)
+            else:
                 inputs.setdefault(path, bound)
 
         handles.append(root.register_forward_pre_hook(remember, with_kwargs=True))
@@ -113,7 +118,7 @@ def _observe(
     layers = {path: _layers_of(model.get_submodule(path), region.graphs) for path, region in regions.items()}
     owners = Counter(layer for own in layers.values() for layer in own)
     alone = {p for p, own in layers.items() if all(owners[layer] == 1 and calls[layer] <= named[layer] for layer in own)}
-    alone -= {p for p, own in layers.items() if not read.isdisjoint((model.get_submodule(p), *own))}
+    alone -= unfit | {p for p, own in layers.items() if not read.isdisjoint((model.get_submodule(p), *own))}
     return {path: given for path, given in inputs.items() if path in alone}, output
 
 
