@@ -316,3 +316,66 @@ def test_functions_inside_modules_are_seen() -> None:
         lowered = lower(model, torch.randn(2, 8), backend="native")
     assert [kind for segment in kinds(lowered) for kind in segment] == ["linear"] * 3
     assert_same(model, lowered, torch.randn(4, 8))
+
+
+# Where channels are
+
+
+class Joined(nn.Module):
+    """Tokens joined to others, in front of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Parameter(torch.randn(1, 1, 12)), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1))
+
+
+class Added(nn.Module):
+    """What comes from outside added to a convolution, whose second dimension is channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.roll(1, -1) + self.layer(x.flip(-1))).flip(-1)
+
+
+@pytest.mark.parametrize("model", [Joined, Added])
+@pytest.mark.parametrize("tokens", [11, 12])
+def test_channels_of_three_dimensions(model: type[nn.Module], tokens: int) -> None:
+    torch.manual_seed(0)
+    dense, x = thin(model(), 0.6), torch.randn(2, 12, tokens) if model is Added else torch.randn(2, tokens, 12)
+    lowered = lower(dense, x, backend="native")
+    assert kinds(lowered) == [["conv" if model is Added else "linear"]]
+    assert_same(dense, lowered, x)
+
+
+class Several(nn.Module):
+    """A part that is called with a mask and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part()
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        return self.part(self.part(x, None), x) if again else x
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, added: Tensor | None) -> Tensor:
+        return self.layer(x) if added is None else self.layer(x) + added
+
+
+def test_parts_that_are_called_in_several_ways() -> None:
+    torch.manual_seed(0)
+    model, x = thin(Several(), 0.6), torch.randn(2, 12)
+    lowered = lower(model, x, backend="native")
+    assert_same(model, lowered, x)
+    assert_same(model, lowered, x[:1])

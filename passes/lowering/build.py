@@ -82,7 +82,8 @@ def build(
             place, op = fused
             ops[place] = op
             number[node] = len(inputs) + place
-    last = tuple(_channels_last(node, nodes, known) for node in inputs)
+    said = _channels_last(nodes, known)
+    last = tuple(said.get(node, len(shape_of(node) or ()) != 4) for node in inputs)
     return Program(last, tuple(ops), tuple(number[node] for node in wanted)), constants, inputs
 
 
@@ -126,14 +127,21 @@ def _op(node: fx.Node, operation: Operation, number: Mapping[fx.Node, int], cons
     return Op(operation.kind, found, node.name, weight, bias, operation.activation, options or None)
 
 
-def _channels_last(node: fx.Node, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Operation]) -> bool:
-    """Whether what reads an input takes its channels to be the last dimension."""
-    reached = {node}
-    for reader in nodes:
-        if reached & set(known[reader].inputs):
-            if known[reader].options.get("biased") and known[reader].inputs[-1] is node:
-                return False
-            if known[reader].last is not None:
-                return bool(known[reader].last)
-            reached.add(reader)
-    return len(shape_of(node) or ()) != 4
+def _channels_last(nodes: Sequence[fx.Node], known: Mapping[fx.Node, Operation]) -> dict[fx.Node, bool]:
+    """Return of values, where operations say it, whether channels are the last dimension."""
+    found: dict[fx.Node, bool] = {}
+    for node in nodes:
+        operation = known[node]
+        if operation.last is not None:
+            biased = operation.options.get("biased", False)
+            found |= dict.fromkeys(operation.inputs[: len(operation.inputs) - biased], operation.last)
+            found |= dict.fromkeys(operation.inputs[len(operation.inputs) - biased :], False)
+            found[node] = operation.last is not (operation.kind == "permute")
+    same = [(node, *known[node].inputs) for node in nodes if known[node].last is None]
+    count = -1
+    while count != len(found):  # what takes both has them where its operands do
+        count = len(found)
+        for values in same:
+            last = next((found[value] for value in values if value in found), None)
+            found |= {} if last is None else {value: last for value in values if value not in found}
+    return found

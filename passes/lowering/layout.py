@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from passes.lowering.program import Op, Program
+from passes.lowering.program import SUMS, Op, Program
 from passes.lowering.windows import Unsupported, window_of
 
 SLACK = 16  # numbers after the last row that a vector may run over
@@ -72,6 +72,8 @@ def shapes_of(program: Program, inputs: Sequence[Sequence[int]]) -> tuple[list[S
     found = [_input_shape(tuple(shape), last, flat) for shape, last in zip(inputs, program.inputs, strict=True)]
     for op in program.ops:
         found.append(_out(op, [found[i] for i in op.inputs], flat))
+        if op.kind in SUMS and any(found[i] != found[-1] for i in op.inputs[1:]):
+            raise Unsupported("operands have different sizes")
     biases = {op.inputs[-1] for op in program.ops if (op.options or {}).get("biased")}  # one may be there for all images
     images = {1 if flat else shape[0] for i, shape in enumerate(inputs) if i not in biases or shape[0] != 1} or {1}
     if len(images) > 1:
