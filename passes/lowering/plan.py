@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +21,8 @@ from passes.lowering.program import SUMS, Op, Program
 from passes.lowering.windows import Unsupported, Window, window_of
 
 _SHARED = ("channels", "flatten", "permute", "adaptive_pool")  # whose results are planes of their inputs
+_KINDS = {"max_pool": Kind.POOL, "layer_norm": Kind.NORMALIZE, "add": Kind.ADD, "multiply": Kind.MULTIPLY, "mean": Kind.MEAN}
+_KINDS |= {"activation": Kind.ACTIVATE, "attention": Kind.ATTEND}
 _SLACK = 4096  # numbers after the last plane that vectors may read
 _PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
@@ -162,37 +165,29 @@ class _Planner:
         of, shape, lying, window = emitter.shapes[x], emitter.shapes[number], emitter.grids[number], window_of(op)
         fields = {"source": emitter.planes[x], "source_pitch": emitter.grids[x].pitch}
         fields |= {"source_rows": of.rows, "source_columns": of.columns}
-        if op.kind == "max_pool":
-            assert window
+        if op.kind == "max_pool" and window:
             sizes = (window.kernel, window.stride, window.padding, window.dilation)
             fields["window"] = np.array([[size[side] for size in sizes] for side in (0, 1)], np.int32)
         elif op.kind == "layer_norm":
             assert op.weight
             vectors = -(-((shape.rows - 1) * lying.pitch + shape.columns) // self._machine.lanes)
             grain = -(-vectors // (4 * threads()))
-            scale = self._values[op.weight.start : op.weight.start + op.weight.count].copy()
-            fields |= {"scale": scale, "bias": self._bias(op), "epsilon": (op.options or {})["eps"]}
-            fields |= {"grain": grain, "items": -(-vectors // grain)}
+            fields |= {"scale": self._values[op.weight.start :][: op.weight.count].copy(), "bias": self._bias(op)}
+            fields |= {"epsilon": (op.options or {})["eps"], "grain": grain, "items": -(-vectors // grain)}
         elif op.kind == "attention":
-            options, vectors = op.options or {}, -(-shape.pixels // self._machine.lanes)
-            fields |= {
-                "heads": options["heads"],
-                "scaling": options["scale"],
-                "items": options["heads"] * -(-vectors // QUERIES),
-            }
-            parts = [emitter.planes[i] for i in op.inputs]
-            if options["biased"]:
-                fields |= {"other": parts.pop(), "even": int(emitter.shapes[op.inputs[-1]].channels == 1)}
-                fields |= {
-                    "source_pitch": emitter.grids[op.inputs[-1]].pitch,
-                    "source_columns": emitter.shapes[op.inputs[-1]].columns,
-                }
-            fields |= {"source": Planes.joined(parts)}
+            fields |= self._attention(op, -(-shape.pixels // self._machine.lanes))
         elif op.kind in ("add", "multiply"):
             fields |= {"other": emitter.planes[op.inputs[1]], "even": int(emitter.shapes[op.inputs[1]].pixels == 1)}
-        kinds = {"max_pool": Kind.POOL, "layer_norm": Kind.NORMALIZE, "add": Kind.ADD, "multiply": Kind.MULTIPLY}
-        kind = (kinds | {"mean": Kind.MEAN, "activation": Kind.ACTIVATE, "attention": Kind.ATTEND})[op.kind]
-        emitter.step(kind, emitter.planes[number], shape, lying, fields, op)
+        emitter.step(_KINDS[op.kind], emitter.planes[number], shape, lying, fields, op)
+
+    def _attention(self, op: Op, vectors: int) -> dict[str, Any]:
+        emitter, options, parts = self._emitter, op.options or {}, list(op.inputs)
+        fields: dict[str, Any] = {"heads": (heads := options["heads"]), "scaling": options["scale"]}
+        if options["biased"]:
+            bias, lying = emitter.shapes[op.inputs[-1]], emitter.grids[op.inputs[-1]]
+            fields |= {"other": emitter.planes[parts.pop()], "even": int(bias.channels == 1)}
+            fields |= {"source_pitch": lying.pitch, "source_columns": bias.columns}
+        return fields | {"source": Planes.joined([emitter.planes[i] for i in parts]), "items": heads * -(-vectors // QUERIES)}
 
     def _bias(self, op: Op) -> np.ndarray:
         assert op.weight
@@ -236,8 +231,7 @@ class _Planner:
         vectors, chunks = -(-flat // self._machine.lanes), len(order.chunk_groups) - 1
         fields = {"group": work.group, "blocks": order.blocks, "chunks": chunks, "grain": work.vectors}
         fields |= {"items": chunks * (1 if single else -(-vectors // work.vectors)), "bias": self._bias(op)}
-        fields |= {"chunk_groups": order.chunk_groups, "starts": order.starts}
-        fields |= {"values": values}
+        fields |= {"chunk_groups": order.chunk_groups, "starts": order.starts, "values": values}
         fields |= {"offsets": lambda: (source.offsets()[planes] + shifts).astype(np.int32)}
         fields |= {"other": emitter.planes[op.inputs[1]]} if len(op.inputs) > 1 else {}
         emitter.memory.use(source)
