@@ -1,6 +1,7 @@
 """Lowered models of Python code, as one graph by torch.export where it holds; attention on the kernels."""
 
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,12 @@ def bert() -> nn.Module:
     return thin(transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=50)))
 
 
+@functools.cache
+def lowered_bert() -> nn.Module:
+    """What tests share that do not change it."""
+    return lower(bert(), TOKENS, backend="native")
+
+
 def runs_of_whole(lowered: nn.Module) -> list[int]:
     """A list that grows with every run of the whole graph."""
     runs: list[int] = []
@@ -76,8 +83,7 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("case", CALLS)
 def test_calls_of_another_kind_run_the_code(case: str) -> None:
-    model, (args, kwargs) = bert(), CALLS[case]()
-    lowered = lower(model, TOKENS, backend="native")
+    model, lowered, (args, kwargs) = bert(), lowered_bert(), CALLS[case]()
     runs = runs_of_whole(lowered)
     with torch.no_grad():
         expected, found = model(*args, **kwargs), lowered(*args, **kwargs)
@@ -97,8 +103,7 @@ def test_a_graph_for_masked_calls() -> None:
 
 
 def test_copies_and_files_run_the_graph() -> None:
-    lowered = lower(bert(), TOKENS, backend="native")
-    file = io.BytesIO()
+    lowered, file = lower(bert(), TOKENS, backend="native"), io.BytesIO()
     torch.save(lowered, file)
     file.seek(0)
     for again in (copy.deepcopy(lowered), torch.load(file, weights_only=False)):
