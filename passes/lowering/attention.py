@@ -1,5 +1,6 @@
 """Attention: `nn.MultiheadAttention`, or views around torch's product, as one function that the kernels know."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -171,10 +172,7 @@ def _viewed(node: fx.Node | None, shape: tuple[int, ...]) -> fx.Node | None:
     if node is None or name_of(node) not in views or _shape(node) != shape:
         return None
     base = node.all_input_nodes[0]
-    rest = 1
-    for size in shape[2:]:
-        rest *= size
-    return base if shape_of(base) == (*shape[:2], rest) else None
+    return base if shape_of(base) == (*shape[:2], math.prod(shape[2:])) else None
 
 
 def _swapped(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | None:

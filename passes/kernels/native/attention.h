@@ -4,6 +4,7 @@
 #include <array>
 
 #include "steps.h"
+#include "threads.h"
 
 namespace sparsify {
 
@@ -38,9 +39,7 @@ template <int Wide>
 void attend_tile(const Step &step, float *arena, int64_t head, int64_t begin) {
   const int64_t features = step.channels / step.heads, tokens = length(step);
   const int32_t *queries = step.source + head * features, *keys = queries + step.channels, *values = keys + step.channels;
-  thread_local std::vector<float> memory;
-  memory.resize(std::max<size_t>(memory.size(), tokens * Wide * kLanes));
-  float *scores = memory.data();  // [keys][queries]
+  float *scores = scratch(0, tokens * Wide * kLanes);  // [keys][queries]
   const int64_t shift = step.source_columns == 1 ? 0 : begin;  // one bias for all queries, or one for each
   const float *bias = step.other ? arena + step.other[step.even ? 0 : head] + shift : nullptr;  // rows of keys
   Vector most[Wide], whole[Wide] = {};

@@ -51,13 +51,6 @@ struct Piece {
   static int64_t count(const Sum &s) { return bands(s) * ((s.images + s.together - 1) / s.together); }
 };
 
-// Memory of a thread, which it keeps for the next call.
-inline float *scratch(int which, int64_t floats) {
-  thread_local std::vector<float> memory[3];
-  if (static_cast<int64_t>(memory[which].size()) < floats + 16) memory[which] = std::vector<float>(floats + 16);
-  return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
-}
-
 inline void copy_run(const float *from, int64_t step, float *to, int64_t count) {
   if (step == 2) return copy_evens(from, to, count);
   if (step != 1) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <dlfcn.h>
 #include <sched.h>
+#include <vector>
 
 namespace sparsify {
 
@@ -31,6 +32,13 @@ void in_team(int32_t threads, const Work &work) {
   if (threads < 2 || !parallel) return work(0, 1);
   parallel([](void *data) { (*static_cast<const Work *>(data))(thread_index(), thread_count()); },
            const_cast<Work *>(&work), static_cast<unsigned>(threads), 0);
+}
+
+// Memory of a thread, which it keeps for the next call.
+inline float *scratch(int which, int64_t floats) {
+  thread_local std::vector<float> memory[3];
+  if (static_cast<int64_t>(memory[which].size()) < floats + 16) memory[which] = std::vector<float>(floats + 16);
+  return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(memory[which].data()) + 63) & ~uintptr_t(63));
 }
 
 // Where all threads of a team wait for each other. The wait is short as a rule; where a thread has no core, others yield.
