@@ -2,13 +2,14 @@
 
 A step is forward, backward and SGD with momentum, on as many threads as torch has. Dense is the fastest of eager and compiled,
 contiguous and channels last, in the same round. Rounds take turns between all; a model takes as many as fit into its time,
-three at least. sparselab takes part where it is installed (`pip install --no-deps sparselab==0.2.2`). A profile says where the
-time of a step at 90% goes.
+three at least. Freed memory stays with the process, for all alike (docs/kernels.md says why). sparselab takes part where it is
+installed (`pip install --no-deps sparselab==0.2.2`). A profile says where the time of a step at 90% goes.
 """
 
 import argparse
 import copy
 import importlib.util
+import os
 import sys
 import time
 import warnings
@@ -40,6 +41,7 @@ from networks import WideResNet22  # noqa: E402
 RESULTS = HERE / "RESULTS.md"
 HEADING = "## Training: kept weights only against dense"
 LEAST = 3  # rounds
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}  # by glibc, which reads them when a process starts
 Step = Callable[[], None]
 
 
@@ -235,6 +237,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     cases = [(distribution, density) for distribution in args.distributions for density in args.densities]
     rows, profiles, bytes_held, changes = [], [], [], []
+    os.environ |= KEEP_FREED
     # A process for each model: compiled steps and their memory stay as long as it does.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in args.models:

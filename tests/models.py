@@ -57,7 +57,7 @@ def size(name: str) -> int:
 FAMILIES = [models.get_model_builder(name).__module__ for name in ZOO]
 SMALLEST = {min((n for n, f in zip(ZOO, FAMILIES, strict=True) if f == family), key=size) for family in FAMILIES}
 LARGE_TO_TRAIN = 12_000_000  # parameters
-SMALLEST -= {"mvit_v2_s", "s3d"}  # which take nothing smaller than 16 frames of 224 x 224
+SMALLEST -= {"mvit_v2_s", "s3d", "maxvit_t"}  # which take nothing smaller than 16 frames of 224 x 224, or take long
 
 
 def swept(names: list[str], sampled: set[str] = SMALLEST) -> list[Any]:

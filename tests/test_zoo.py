@@ -30,8 +30,9 @@ def test_the_zoo_is_known() -> None:
     assert len(WHOLE) == 107
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in SMALLEST])
 def test_every_model_is_one_graph_with_every_weight_masked(name: str) -> None:
+    """Of those that the tests below look at closer in the gate, they say the same."""
     model = load_model(name)
     sparse = sparsify(model, density=0.1)
     assert list(graphs(sparse)) == [""]
@@ -102,7 +103,7 @@ def _same_graphs_as_the_model_traces(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("name", swept(ZOO, SMALLEST - {"maxvit_t", *PARTS} | {"raft_small"}))
+@pytest.mark.parametrize("name", swept(ZOO, SMALLEST - set(PARTS) | {"raft_small"}))
 def test_training_changes_only_what_it_may(name: str) -> None:
     """On values, an ordinary step and an update; on shapes, for the larger ones of a family, an update alone."""
     on_values = name not in WHOLE or (name in SMALLEST and size(name) < LARGE_TO_TRAIN)

@@ -83,7 +83,7 @@ inline void cut_chunks(Order &o, const std::vector<int32_t> &counts) {
 // Outputs that one thread sorts, and how far it is.
 struct Share {
   int64_t begin, end, found = 0;
-  std::vector<int32_t> counts = {}, next = {};  // of its weights: by sums, and by cells, which are a block of a group each
+  std::vector<int32_t> counts = {}, next = {};  // of its weights, by cells, which are a block of a group each
 };
 
 inline void order(Order &o, int32_t threads) {
@@ -96,16 +96,18 @@ inline void order(Order &o, int32_t threads) {
       for (; thread < most; thread += team) work(shares[thread]);
     });
   };
+  std::vector<int32_t> blocks(o.transposed ? o.outputs : o.inputs * o.groups);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int32_t>(i / o.channels);
   in_shares([&](Share &share) {
-    share.counts.resize(groups);
+    share.counts.resize(cells);
     each(o, share.begin, share.end, [&](const Visited &w) {
-      share.counts[w.sum] += w.first;
+      share.counts[w.sum * o.blocks + blocks[w.summed]] += w.first;
       ++share.found;
     });
   });
-  std::vector<int32_t> counts(groups), bases(groups), widths(groups), blocks(o.transposed ? o.outputs : o.inputs * o.groups);
+  std::vector<int32_t> counts(groups), bases(groups), widths(groups);
   for (const Share &share : shares)
-    for (int64_t g = 0; g < groups; ++g) counts[g] += share.counts[g];
+    for (int64_t cell = 0; cell < cells; ++cell) counts[cell / o.blocks] += share.counts[cell];
   cut_chunks(o, counts);
   for (int64_t chunk = 0; chunk < o.chunks; ++chunk) {
     const int32_t begin = o.chunk_groups[chunk], width = o.chunk_groups[chunk + 1] - begin;
@@ -114,12 +116,12 @@ inline void order(Order &o, int32_t threads) {
       bases[g] = static_cast<int32_t>(begin * o.blocks + g - begin);
     }
   }
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int32_t>(i / o.channels);
-  const auto cell_of = [&](const Visited &w) { return bases[w.sum] + blocks[w.summed] * widths[w.sum]; };
-  in_shares([&](Share &share) {
+  const auto cell_of = [&](int64_t g, int64_t block) { return bases[g] + block * widths[g]; };  // in the order of sums
+  for (Share &share : shares) {
     share.next.resize(cells);
-    each(o, share.begin, share.end, [&](const Visited &w) { share.next[cell_of(w)] += w.first; });
-  });
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t block = 0; block < o.blocks; ++block) share.next[cell_of(g, block)] = share.counts[g * o.blocks + block];
+  }
   int32_t position = 0;
   for (int64_t cell = 0; cell < cells; ++cell) {
     o.starts[cell] = position;
@@ -133,7 +135,7 @@ inline void order(Order &o, int32_t threads) {
     each(o, share.begin, share.end, [&](const Visited &w) {
       o.own[at] = o.index[w.number];
       if (w.first) {
-        const int32_t here = share.next[cell_of(w)]++;
+        const int32_t here = share.next[cell_of(w.sum, blocks[w.summed])]++;
         o.place[at] = static_cast<int32_t>(here * o.group);
         o.offsets[here] = static_cast<int32_t>(w.summed * o.distance + w.shift);
       } else {  // one output further, where as many weights come as in the one before
