@@ -41,7 +41,7 @@ from networks import WideResNet22  # noqa: E402
 RESULTS = HERE / "RESULTS.md"
 HEADING = "## Training: kept weights only against dense"
 LEAST = 3  # rounds
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}  # by glibc, which reads them when a process starts
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}  # glibc reads them when a process starts
 Step = Callable[[], None]
 
 
