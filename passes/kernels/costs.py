@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.kernels.compiler import threads
-from passes.kernels.windows import GROUPS, Window, with_pixels
+from passes.kernels.windows import GROUPS
 
 
 @dataclass(frozen=True)
@@ -213,28 +213,6 @@ def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outpu
     """Return about how many cycles torch takes on one core for a dense layer of so many weights, on so many pixels."""
     share = 1.0 if groups == 1 else 0.25  # of two vectors a cycle, in cycles of which a kernel's load takes half a one
     return CALL / 2 + weights * max(pixels / (2 * machine.lanes * share), 0.5) + outputs / 4
-
-
-def gain(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window) -> float:
-    """Return how many times faster a layer and its gradients are with kept weights only, by a model of what both take.
-
-    Cycles of one core, fitted to layers of ResNet-50 and WRN-22-2. Dense, two vectors of products take 1.2, and a number read
-    or written 0.6; with kept weights only, one vector takes 1.2, a number 1.8, since it is copied, and a weight 25.
-
-    Args:
-        lanes: numbers in a vector of the native loops; 0 where there are none.
-        shape: of the input: (images, inputs, rows, columns).
-        weight: the weight's shape.
-        kept: how many of its elements are kept.
-        window: what it looks at.
-    """
-    if not lanes:
-        return 0.0
-    images, outputs, rows, columns = window.out(shape, with_pixels(weight))
-    pixels, numbers = images * rows * columns, math.prod(shape) + images * outputs * rows * columns
-    share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
-    dense = 0.6 * math.prod(weight) * pixels / lanes / share + 0.6 * numbers
-    return dense / (1.2 * kept * pixels / lanes + 1.8 * numbers + 25 * kept + 2 * CALL)
 
 
 CALL = 60_000  # cycles that an operator call costs; one of torch's own costs half

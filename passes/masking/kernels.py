@@ -26,7 +26,7 @@ def use_kernels(model: nn.Module, kernels: str) -> nn.Module:
         model: a masked model.
         kernels: "masked": torch's operations on masked weights. "sparse": sums over kept weights, wherever there are some: for
             convolutions along one or two dimensions and linear layers, in float32 on the CPU, without autocast and torch.func.
-            "auto": these where a model of their cost says that they are faster, for the shapes at hand.
+            "auto": these where a model of costs says that they are faster than the masked weight, for the shapes at hand.
 
     Compressed parameters (`compress`) go on training with kept values only.
 

@@ -13,8 +13,8 @@ from passes.capture.host import masked
 from passes.capture.leaves import is_builtin
 from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
-from passes.kernels.costs import gain
 from passes.kernels.products import convolve, linear
+from passes.kernels.training_costs import TrainingCycles, training_cycles
 from passes.kernels.windows import Window, with_pixels
 from passes.masking.mask import Mask
 from passes.masking.zeros import is_plain
@@ -54,7 +54,7 @@ def sparse_product(
         if mask.kernels == "sparse" and not torch.compiler.is_compiling():
             _say(f"kernels='sparse': {name} layers run the masked weight where {problem}.")
         return None
-    if mask.kernels == "auto" and _gain(mask, x, sides) <= 1:
+    if mask.kernels == "auto" and not _pays(_cycles(mask, x, sides)):
         return None
     if mask.compressed:
         mask.check_places()
@@ -154,10 +154,11 @@ def choice_of(module: nn.Module, x: Tensor) -> Choice:
     weight: Any = module._parameters["weight"]
     if problem := _own_code(module) or _problem(mask, x, weight, masked(module, "bias"), _sides(module)):
         return Choice("masked", problem, 0.0)
-    predicted = _gain(mask, x, _sides(module))
+    cycles = _cycles(mask, x, _sides(module))
+    predicted = cycles.dense / cycles.sparse
     if mask.kernels == "masked":
         return Choice("masked", "kernels='masked'", predicted)
-    if mask.kernels == "auto" and predicted <= 1:
+    if mask.kernels == "auto" and not _pays(cycles):
         return Choice("masked", "sums over kept weights would not be faster", predicted)
     return Choice("sparse", "kernels='sparse'" if mask.kernels == "sparse" else "few weights are kept", predicted)
 
@@ -166,10 +167,15 @@ def _sides(module: Any) -> tuple[Any, ...]:
     return () if isinstance(module, nn.Linear) else (module.stride, module.padding, module.dilation, module.groups)
 
 
-def _gain(mask: Mask, x: Tensor, sides: Sequence[Any]) -> float:
+def _cycles(mask: Mask, x: Tensor, sides: Sequence[Any]) -> TrainingCycles:
     shape = tuple(_image(x).shape) if sides else (1, x.shape[-1], 1, x.numel() // x.shape[-1])
     window = _window(x, *sides) if sides else Window()
-    return gain(lanes(), shape, tuple(mask.mask.shape), mask.last_nonzeros, window)
+    return training_cycles(lanes(), shape, tuple(mask.mask.shape), mask.last_nonzeros, window)
+
+
+def _pays(cycles: TrainingCycles) -> bool:
+    """Whether sums over kept weights are faster than what runs otherwise."""
+    return cycles.sparse < cycles.masked
 
 
 def _image(x: Tensor) -> Tensor:
