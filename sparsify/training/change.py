@@ -37,7 +37,9 @@ class Bound:
 
     def has_stray(self, gradient: Tensor) -> Tensor:
         """Whether a gradient is not 0 somewhere where the weight is dropped, on the device; NaN and inf say nothing."""
-        return nonzero(gradient).logical_and_(own_part(self.mask.mask, gradient).logical_not()).any()
+        own = local(gradient)
+        strays = own[own.ne(0).gt(own_part(self.mask.mask, gradient))]  # none, as a rule
+        return strays.isfinite().any()
 
 
 def nonzero(gradient: Tensor) -> Tensor:
