@@ -1,6 +1,7 @@
 """Training with kept weights only: equal to the masked path in all it computes, and out of the way where it cannot run."""
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -26,6 +27,7 @@ from passes.kernels import cache, compiler
 from passes.kernels.norms import normalize
 from passes.kernels.order import order_of
 from passes.kernels.products import convolve, linear
+from passes.kernels.training_costs import training_cycles
 from passes.kernels.windows import Kept, Window
 from passes.masking import norms, products
 from passes.masking.mask import masks_of
@@ -606,3 +608,24 @@ def test_auto_takes_what_pays(density: float, size: int, sums: bool, monkeypatch
     monkeypatch.setattr("passes.masking.products.linear", lambda x, *_: called.append(1) or x)
     model(torch.randn(256, size))
     assert bool(called) == sums
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "density", "faster"),
+    [  # as measured with vectors of eight
+        (1, 2048, 1000, 0.1, "masked"),
+        (16, 2048, 1000, 0.1, "sparse"),  # slower than dense, which is no choice
+        (16, 512, 10, 0.02, "masked"),  # calls decide
+        (4, 512, 512, 0.1, "masked"),
+        (64, 512, 512, 0.1, "sparse"),
+        (1, 4096, 4096, 0.02, "sparse"),  # whole weights have to be read, and masked
+    ],
+)
+def test_auto_takes_what_is_faster_than_the_masked_weight(
+    rows: int, inputs: int, outputs: int, density: float, faster: str
+) -> None:
+    kept = round(density * inputs * outputs)
+    cycles = training_cycles(8, (1, inputs, 1, rows), (outputs, inputs), kept, Window())
+    assert (cycles.sparse < cycles.masked) == (faster == "sparse")
+    assert cycles.dense < cycles.masked
+    assert training_cycles(0, (1, inputs, 1, rows), (outputs, inputs), kept, Window()).sparse == math.inf
