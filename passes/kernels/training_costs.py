@@ -26,8 +26,8 @@ def training_cycles(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...],
     """Return what a layer and its gradients take, by a model fitted to layers of ResNet-50 and WRN-22-2, and linear ones.
 
     Dense, two vectors of products take 1.2, a number read or written 0.6, and a weight 2 besides; to mask a weight and its
-    gradient takes 1.4. With kept weights only, one vector takes 1.2, a number 1.8, since it is copied, a kept weight 25, since
-    it is looked up, and any other 1.5. Calls are of three operators, or twice as many to mask, and Python between them.
+    gradient takes 1.4. With kept weights only, one vector takes 1.2, a number 1.8, since it is copied, a weight 1.5, and a kept
+    one 25 besides, since it is looked up. Calls are of three operators, or twice as many to mask, and Python between them.
 
     Args:
         lanes: numbers in a vector of the native loops; 0 where there are none.
