@@ -31,10 +31,9 @@ def test_ddp_ranks_hold_the_same_masks() -> None:
         assert_same(first[method], second[method])
 
 
-@pytest.mark.parametrize("updates", [50, pytest.param(500, marks=pytest.mark.sweep)])
-def test_ddp_ranks_hold_the_same_masks_after_many_updates(updates: int) -> None:
+def test_ddp_ranks_hold_the_same_masks_after_hundreds_of_updates() -> None:
     methods = [RigL(1, end_fraction=1.0), SET(1, end_fraction=1.0)]
-    first, second = ranks.run(ranks.ddp_methods, 2, methods, updates, "sparse")  # with kept weights only
+    first, second = ranks.run(ranks.ddp_methods, 2, methods, 200, "sparse")  # with kept weights only
     for method in methods:
         assert_same(first[method.name], second[method.name])
 

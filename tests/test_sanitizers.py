@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def write_sums(folder: Path, name: str, machine: Machine, last: bool) -> list[Pa
     return paths
 
 
-def check(tmp_path: Path, machine: Machine, *flags: str, models: Sequence[str] = MODELS) -> None:
+def check(tmp_path: Path, machine: Machine, *flags: str) -> None:
     """Build the program that runs plans and sums, and let it run some."""
     native, program = Path(compiler.__file__).parent / "native", tmp_path / "program"
     command = [str(GXX), "-std=c++17", "-O0", "-g", "-Wno-psabi", "-pthread", *flags, f"-I{native}", str(SOURCE), "-ldl"]
@@ -123,7 +122,7 @@ def check(tmp_path: Path, machine: Machine, *flags: str, models: Sequence[str] =
         done = subprocess.run([str(program), str(path)], capture_output=True, text=True)
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr[-3000:]}"
 
-    for name in models:
+    for name in MODELS:
         write_plan(path, thin(IMAGES[name](), 0.4), torch.randn(5, 5, 9, 11), machine)
         run(name, path)
     for tokens in (1, 33):
@@ -138,8 +137,7 @@ def check(tmp_path: Path, machine: Machine, *flags: str, models: Sequence[str] =
 @pytest.mark.skipif(GXX is None, reason="there is no g++ here")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
-    models = MODELS if sanitizer != "thread" else ["stem", "dense joins", "a gate"]  # threads share all kinds of steps alike
-    check(tmp_path, NARROW, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", models=models)
+    check(tmp_path, NARROW, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
 
 
 @pytest.mark.skipif(GXX is None, reason="there is no g++ here")

@@ -1,7 +1,6 @@
 """Change: one change of topology, of several layers and of what their optimizer keeps for them."""
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,12 +39,6 @@ class Bound:
         own = local(gradient)
         strays = own[own.ne(0).gt(own_part(self.mask.mask, gradient))]  # none, as a rule
         return strays.isfinite().any()
-
-
-def nonzero(gradient: Tensor) -> Tensor:
-    """Return where a gradient, of which a rank may hold a part, is finite and not 0."""
-    own = local(gradient)
-    return own.gt(-math.inf).logical_and_(own.lt(math.inf)).logical_and_(own.ne(0))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Ranks: the processes of distributed training hold the same masks, and are compared instead of being told every step."""
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from passes.masking.mask import Mask, masks_of
-from passes.shards import is_sharded, own_part
+from passes.shards import is_sharded, local, own_part
 from sparsify.training.base import UpdaterBase
-from sparsify.training.change import Bound, nonzero
+from sparsify.training.change import Bound
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 
@@ -87,7 +88,8 @@ def check_drift(seen: Iterable[tuple[Bound, Tensor]]) -> None:
     """
     for b, gradient in seen:
         mask = own_part(b.mask.mask, gradient)
-        there = nonzero(gradient)
+        own = local(gradient)
+        there = own.gt(-math.inf).logical_and_(own.lt(math.inf)).logical_and_(own.ne(0))  # neither 0 nor NaN nor inf
         dropped, kept = (int((there & part).sum()) for part in (~mask, mask))
         if dropped and 2 * dropped * int(mask.sum()) < kept * int((~mask).sum()):
             raise RuntimeError(
