@@ -41,7 +41,8 @@ class Step(ctypes.Structure):
     """One step; the fields, and what they mean, are those of `native/steps.h`."""
 
     _fields_ = (
-        *((name, _INTEGERS) for name in ("kind", "items", "grain", "channels", "rows", "columns", "pitch", "lead", "tail")),
+        *((name, _INTEGERS) for name in ("kind", "items", "grain", "channels", "rows", "columns", "pitch")),
+        *((name, _INTEGERS) for name in ("lead", "tail", "framed")),
         *((name, _TABLE) for name in ("target", "source", "other")),
         ("activation", _INTEGERS),
         *((name, _NUMBERS) for name in ("low", "high", "epsilon", "scaling")),

@@ -1,6 +1,6 @@
 """Emit: steps, one after the other, and the planes that they write."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,16 @@ class Emitter:
 
     Attributes:
         shapes, grids: of all values of a program.
+        framed: which values are looked at around their pixels too, where zeros are then written.
         planes: of the values so far.
         memory: where they lie.
         names: for each step, the node whose result it computes; "" where it only brings numbers elsewhere.
         copied: how many numbers are written by steps other than convolutions.
     """
 
-    def __init__(self, shapes: Sequence[Shape], grids: Sequence[Grid]) -> None:
+    def __init__(self, shapes: Sequence[Shape], grids: Sequence[Grid], framed: Set[int]) -> None:
         """Begin with no step."""
-        self.shapes, self.grids = shapes, grids
+        self.shapes, self.grids, self.framed = shapes, grids, framed
         self.planes: list[Planes] = []
         self.memory = Memory()
         self.names: list[str] = []
@@ -38,6 +39,11 @@ class Emitter:
     def new(self, value: int) -> Planes:
         """Return new planes for a value, which the next step writes."""
         return self.memory.new(self.shapes[value].channels, self.grids[value])
+
+    def compute(self, kind: Kind, value: int, fields: dict[str, Any], op: Op | None = None) -> None:
+        """Add the step that writes a value."""
+        fields = {"framed": int(value in self.framed), **fields}
+        self.step(kind, self.planes[value], self.shapes[value], self.grids[value], fields, op)
 
     def step(self, kind: Kind, target: Planes, shape: Shape, lying: Grid, fields: dict[str, Any], op: Op | None = None) -> None:
         """Add a step.
@@ -83,7 +89,7 @@ class Emitter:
             "source": source,
             "boxes": boxes,
         }
-        self.step(Kind.READ, planes, shape, self.grids[value], {**fields, **strides})
+        self.compute(Kind.READ, value, {**fields, **strides})
 
     def write(self, output: int, value: int) -> None:
         """Write a value to an output."""

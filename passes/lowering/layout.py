@@ -13,6 +13,7 @@ from passes.lowering.program import SUMS, Op, Program
 from passes.lowering.windows import Unsupported, window_of
 
 SLACK = 16  # numbers after the last row that a vector may run over
+SHARED = ("channels", "flatten", "permute", "adaptive_pool")  # operations whose results are planes of their inputs
 _LAST = ("linear", "layer_norm", "attention")  # what takes channels to be the last dimension, and what the second
 _FIRST = ("conv", "max_pool", "adaptive_pool", "mean", "channels", "flatten")
 
@@ -155,6 +156,18 @@ class Grid:
     lead: int
     tail: int
     distance: int
+
+
+def framed(program: Program) -> set[int]:
+    """Return which values are looked at around their pixels: inputs of padded convolutions, and what shares their planes."""
+    found: set[int] = set()
+    for number, op in reversed([*enumerate(program.ops, len(program.inputs))]):
+        window = window_of(op)
+        if op.kind == "conv" and window and window.direct and any(window.padding):
+            found.add(op.inputs[0])
+        if op.kind in SHARED and number in found:
+            found.update(op.inputs)
+    return found
 
 
 def grids_of(program: Program, shapes: Sequence[Shape]) -> list[Grid]:

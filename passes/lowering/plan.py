@@ -15,12 +15,11 @@ from passes.kernels.order import order_of
 from passes.kernels.steps import IMAGES, QUERIES, Kind, NativePlan
 from passes.lowering.arrange import mask_of, patterns_of
 from passes.lowering.emit import Emitter
-from passes.lowering.layout import grids_of, shapes_of
+from passes.lowering.layout import SHARED, framed, grids_of, shapes_of
 from passes.lowering.memory import Planes
 from passes.lowering.program import SUMS, Op, Program
 from passes.lowering.windows import Unsupported, Window, window_of
 
-_SHARED = ("channels", "flatten", "permute", "adaptive_pool")  # whose results are planes of their inputs
 _KINDS = {"max_pool": Kind.POOL, "layer_norm": Kind.NORMALIZE, "add": Kind.ADD, "multiply": Kind.MULTIPLY, "mean": Kind.MEAN}
 _KINDS |= {"activation": Kind.ACTIVATE, "attention": Kind.ATTEND}
 _SLACK = 4096  # numbers after the last plane that vectors may read
@@ -87,7 +86,7 @@ def plan(
         Unsupported: the kernels do not take these shapes.
     """
     shapes, images = shapes_of(program, inputs)
-    emitter = Emitter(shapes, grids_of(program, shapes))
+    emitter = Emitter(shapes, grids_of(program, shapes), framed(program))
     planner = _Planner(program, emitter, values.numpy(), bits.numpy(), library, machine, min(images, IMAGES))
     for i, shape in enumerate(inputs):
         emitter.read(i, same=shape[0] == 1 < images)
@@ -131,7 +130,7 @@ class _Planner:
     def add(self, number: int, op: Op) -> None:
         """Add the steps of an operation whose result is the value of this number."""
         planes = self._emitter.planes
-        if op.kind in _SHARED:
+        if op.kind in SHARED:
             planes.append(self._shared(op))
         else:
             planes.append(self._overwritten(number, op) or self._emitter.new(number))
@@ -178,7 +177,7 @@ class _Planner:
             fields |= self._attention(op, -(-shape.pixels // self._machine.lanes))
         elif op.kind in ("add", "multiply"):
             fields |= {"other": emitter.planes[op.inputs[1]], "even": int(emitter.shapes[op.inputs[1]].pixels == 1)}
-        emitter.step(_KINDS[op.kind], emitter.planes[number], shape, lying, fields, op)
+        emitter.compute(_KINDS[op.kind], number, fields, op)
 
     def _attention(self, op: Op, vectors: int) -> dict[str, Any]:
         emitter, options, parts = self._emitter, op.options or {}, list(op.inputs)
@@ -235,7 +234,7 @@ class _Planner:
         fields |= {"offsets": lambda: (source.offsets()[planes] + shifts).astype(np.int32)}
         fields |= {"other": emitter.planes[op.inputs[1]]} if len(op.inputs) > 1 else {}
         emitter.memory.use(source)
-        emitter.step(Kind.DOTS if single else Kind.CONVOLVE, emitter.planes[number], shape, lying, fields, op)
+        emitter.compute(Kind.DOTS if single else Kind.CONVOLVE, number, fields, op)
 
 
 def _last_uses(program: Program) -> dict[int, int | None]:
@@ -243,8 +242,8 @@ def _last_uses(program: Program) -> dict[int, int | None]:
     found: dict[int, int | None] = {}
     for number, op in enumerate(program.ops, len(program.inputs)):
         for x in op.inputs:
-            found[x] = None if op.kind in _SHARED or (x in found and found[x] is None) else number
+            found[x] = None if op.kind in SHARED or (x in found and found[x] is None) else number
     for number, op in enumerate(program.ops, len(program.inputs)):
-        if op.kind in _SHARED:
+        if op.kind in SHARED:
             found[number] = None
     return found | dict.fromkeys(program.outputs)

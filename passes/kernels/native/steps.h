@@ -1,8 +1,8 @@
 // Steps: what a plan is made of. passes/kernels/steps.py has the same fields in the same order.
 //
 // Activations of one image lie in an arena of floats. A plane holds one channel: `rows` rows of `columns` pixels, `pitch` floats
-// apart, so that a row of pixels, and what lies between it and the next, is one run of numbers that vectors go along. Whatever
-// is around the pixels is set to 0 by the step that writes them: it is the padding of those that read them.
+// apart, so that a row of pixels, and what lies between it and the next, is one run of numbers that vectors go along. What is
+// around the pixels is the padding of steps that look there, if there are any: then the step that writes them sets it to 0.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,7 @@ struct Step {
   int64_t grain;     // channels of a piece, where a piece is channels; vectors of a piece of a convolution
   int64_t channels, rows, columns, pitch;
   int64_t lead, tail;     // floats before the first pixel and after the last row that belong to the plane
+  int64_t framed;         // what is around the pixels of what is written is looked at
   const int32_t *target;  // [channels] where pixel (0, 0) is, in floats from the start of the arena
   const int32_t *source;  // [channels] likewise of what is read
   const int32_t *other;   // [channels] of a second operand, or null
@@ -52,7 +53,7 @@ struct Gaps {
   int count = 0;
 
   Gaps(const Step &step, int64_t begin, int64_t end) {
-    if (step.pitch == step.columns) return;
+    if (!step.framed || step.pitch == step.columns) return;
     for (int64_t row = begin / step.pitch; row < step.rows; ++row)
       for (int64_t at = row * step.pitch + step.columns; at < (row + 1) * step.pitch; ++at) {
         if (at >= end) return;
@@ -71,8 +72,9 @@ inline void store_within(const Step &step, float *to, Vector value) {
     *to = value[0];
 }
 
-// Set what is around the pixels between two positions.
+// Set what is around the pixels between two positions, if it is looked at.
 inline void frame(const Step &step, float *plane, int64_t begin, int64_t end, const Gaps &gaps) {
+  if (!step.framed) return;
   if (begin == 0) std::fill(plane - step.lead, plane, 0.f);
   for (int i = 0; i < gaps.count; ++i) plane[gaps.places[i]] = 0.f;
   if (end >= length(step)) std::fill(plane + length(step), plane + step.rows * step.pitch + step.tail, 0.f);
@@ -80,6 +82,7 @@ inline void frame(const Step &step, float *plane, int64_t begin, int64_t end, co
 
 // The same for positions that may be many.
 inline void frame(const Step &step, float *plane, int64_t begin, int64_t end) {
+  if (!step.framed) return;
   if (begin == 0) std::fill(plane - step.lead, plane, 0.f);
   for (int64_t row = begin / step.pitch; row + 1 < step.rows && row * step.pitch < end; ++row) {
     const int64_t from = std::max(row * step.pitch + step.columns, begin), to = std::min((row + 1) * step.pitch, end);
