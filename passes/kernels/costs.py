@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,21 +18,32 @@ class Pace:
     Attributes:
         visit: to begin and end the sums of an output over a block of channels.
         sums: of each vector of them.
-        near: the share of the nearest cache that a block may take.
+        turn: to take up a weight.
         aligned: to multiply a vector and add it to a sum, by how many outputs share a pattern, where vectors begin at lines of
             the cache: of kernels of one pixel.
         shifted: the same where they begin anywhere.
+        near: the share of the nearest cache that a block may take.
+        miss: more for a vector that comes from the next cache, if few of a block's are looked at.
+        swept: more for it if all of a block's are: the more of it every output looks at, the less is still there for the next.
+        far: more for a vector that comes from behind the next cache.
     """
 
     visit: float
     sums: float
-    near: float
+    turn: float
     aligned: dict[int, float]
     shifted: dict[int, float]
+    near: float
+    miss: float
+    swept: float
+    far: float
 
 
-_WIDE = Pace(14, 1.8, 0.9, {1: 0.55, 2: 0.36, 4: 0.36}, {1: 0.55, 2: 0.36, 4: 0.36})  # a Sapphire Rapids
-_NARROW = Pace(10, 0.6, 0.7, {1: 0.55, 2: 0.47, 4: 0.42}, {1: 0.62, 2: 0.53, 4: 0.36})  # a Zen 3
+_WIDE = Pace(14, 1.8, 1, {1: 0.55, 2: 0.36, 4: 0.36}, {1: 0.55, 2: 0.36, 4: 0.36}, 0.9, 0.2, 0.9, 3)  # a Sapphire Rapids
+_NARROW = Pace(9, 0.7, 0.4, {1: 0.6, 2: 0.47, 4: 0.42}, {1: 0.62, 2: 0.53, 4: 0.36}, 0.85, 0.35, 0.3, 0.4)  # a Zen 3
+# In training planes hold a batch: more comes from far away.
+_WIDE_TRAINING = replace(_WIDE, miss=1.2)
+_NARROW_TRAINING = replace(_NARROW, visit=10, sums=0.6, turn=1, near=0.7, miss=1.2, swept=0.9, far=3)
 
 
 @dataclass(frozen=True)
@@ -105,9 +116,8 @@ def choose(
         images: how many take turns.
         single: whether planes are one pixel.
     """
-    parts = 4 * threads() if threads() > 1 else 1  # so that a thread that is late leaves some to others
     if single:
-        return Work(1, 1, 1 << 30, np.inf, parts, 0.7 * float(mask.sum()))
+        return Work(1, 1, 1 << 30, np.inf, _parts(), 0.7 * float(mask.sum()))
     found = []
     for group in GROUPS:
         if shape[0] // groups % group:
@@ -129,7 +139,7 @@ def choose(
         )
         tiles = -(-flat // (machine.lanes * vectors))
         chunk = _chunk(machine, kept, tiles * images, 4 * vectors * machine.lanes * shape[1] * groups)
-        found.append(Work(group, vectors, channels, chunk, max(1, -(-parts // tiles)), cycles))
+        found.append(Work(group, vectors, channels, chunk, max(1, -(-_parts() // tiles)), cycles))
     return min(found, key=lambda work: work.cycles)
 
 
@@ -162,7 +172,7 @@ def cut(
     blocked: bool = True,
     group: int = 1,
     shifted: bool = True,
-    miss: float = 0.2,
+    training: bool = False,
 ) -> tuple[int, int, float]:
     """Return how a sum over kept weights is cut: vectors of pixels in a tile, input channels of a block, and about the cycles.
 
@@ -177,36 +187,39 @@ def cut(
         blocked: whether there may be several blocks.
         group: outputs that share a pattern.
         shifted: whether vectors of pixels begin anywhere in lines of the cache.
-        miss: cycles of a vector that comes from the next cache, if few of a block's are looked at.
+        training: whether a batch is gone through together, as in training.
     """
-    total = -(-flat // machine.lanes)
-    # The more of a block every output looks at, the less of it is still in the cache for the next, once it does not fit.
+    total, wide = -(-flat // machine.lanes), machine.lanes == 16
+    pace = (_WIDE_TRAINING if wide else _NARROW_TRAINING) if training else _WIDE if wide else _NARROW
     swept = min(1.0, kept / max(1.0, outputs * channels))
-    best, found, pace = np.inf, 1, _WIDE if machine.lanes == 16 else _NARROW
-    vectors = _tile(total, machine.tiles[group])
-    run, tiles = vectors * machine.lanes, -(-total // vectors)
-    reach = 4 * sum(min(height * (run + 8), run + (height - 1) * pitch + 8) for height in heights)
     load = group * (pace.shifted if shifted else pace.aligned)[group]
-    for blocks in _blocks(channels) if blocked else (1,):
-        near = min(1.0, pace.near * machine.cache * blocks / (reach * channels))
-        behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach * channels))
-        per_vector = load + (miss + 0.9 * swept) * (1 - near) + 3 * behind
-        cost = tiles * (blocks * outputs * (pace.visit + pace.sums * vectors * group) + kept * (1 + vectors * per_vector))
-        if cost < best:
-            best, found = cost, blocks
-    return vectors, -(-channels // found) if blocked else 1 << 30, float(best)
+    missed = pace.miss + pace.swept * swept
+    best, found, most = np.inf, (1, 1), min(total, machine.tiles[group])
+    for vectors in range(most, min(4, most) - 1, -1):
+        run, tiles = vectors * machine.lanes, -(-total // vectors)
+        reach = 4 * channels * sum(min(height * (run + 8), run + (height - 1) * pitch + 8) for height in heights)
+        for blocks in _blocks(channels) if blocked else (1,):
+            near = min(1.0, pace.near * machine.cache * blocks / reach)
+            behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach))
+            per_vector = load + missed * (1 - near) + pace.far * behind
+            cost = blocks * outputs * (tiles * pace.visit + total * pace.sums * group)
+            cost = _uneven(total, vectors) * (cost + kept * (tiles * pace.turn + total * per_vector))
+            if cost < best:
+                best, found = cost, (vectors, blocks)
+    vectors, blocks = found
+    return vectors, -(-channels // blocks) if blocked else 1 << 30, float(best)
 
 
-def _tile(total: int, most: int) -> int:
-    """Return how many vectors a tile has: as many as stay in registers, or somewhat fewer so that threads get equal shares."""
-    if total <= most:
-        return total
+def _uneven(total: int, vectors: int) -> float:
+    """Return how much longer the thread with the most vectors takes than if all had as many."""
+    tiles, team = -(-total // vectors), threads()
+    chunks = max(1, -(-_parts() // tiles))
+    return -(-tiles * chunks // team) * vectors * team / (chunks * total)
 
-    def share(size: int) -> float:
-        tiles = -(-total // size)
-        return -(-tiles // threads()) * (size + 1.5)
 
-    return min(range(most, most // 2, -1), key=share)
+def _parts() -> int:
+    """Return how many pieces a convolution has at least: a thread that is late leaves some to others."""
+    return 4 * threads() if threads() > 1 else 1
 
 
 def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outputs: float) -> float:

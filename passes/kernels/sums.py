@@ -128,7 +128,7 @@ def _divided(
         flat=planes.run,
         pitch=planes.pitch,
         blocked=kept.groups == 1,
-        miss=1.2,
+        training=True,
     )
     at_once = machine.tiles[record.group]  # vectors of a tile that are gone through together
     tile = max(tile // at_once * at_once, min(tile, at_once))
