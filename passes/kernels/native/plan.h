@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "pooling.h"
 #include "threads.h"
 
 namespace sparsify {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "vectors.h"
 
@@ -180,42 +179,6 @@ inline void write_planes(const Step &step, const float *arena, float *to, int64_
       for (int64_t c = begin; c < end; ++c)
         for (int64_t x = 0; x < step.columns; ++x)
           line[x * step.column_stride + c * step.channel_stride] = arena[step.source[c] + row * step.pitch + x];
-  }
-}
-
-// The largest of the pixels in a window, plane by plane: first of rows, then of columns.
-inline void pool_planes(const Step &step, float *arena, int64_t begin, int64_t end) {
-  const int32_t *w = step.window;  // of rows and columns: kernel, stride, padding, dilation
-  const int64_t reach = (step.columns - 1) * w[5] + (w[4] - 1) * w[7] + 1;
-  const int64_t width = std::max(step.source_columns + w[6], reach) + 2 * kLanes;
-  std::vector<float> most(width), columns(width + step.columns);
-  for (int64_t c = begin; c < end; ++c) {
-    float *plane = arena + step.target[c];
-    for (int64_t row = 0; row < step.rows; ++row) {
-      std::fill(most.begin(), most.end(), -INFINITY);
-      for (int64_t ky = 0; ky < w[0]; ++ky) {
-        const int64_t y = row * w[1] - w[2] + ky * w[3];
-        if (y < 0 || y >= step.source_rows) continue;
-        const float *line = arena + step.source[c] + y * step.source_pitch;
-        float *to = most.data() + w[6];
-        for (int64_t x = 0; x < step.source_columns; ++x) to[x] = to[x] > line[x] || to[x] != to[x] ? to[x] : line[x];
-      }
-      float *to = plane + row * step.pitch;
-      std::fill(to, to + step.columns, -INFINITY);
-      for (int64_t kx = 0; kx < w[4]; ++kx) {
-        const float *from = most.data() + kx * w[7];
-        if (w[5] == 2) {
-          copy_evens(from, columns.data(), step.columns);
-          from = columns.data();
-        }
-        const int64_t stride = w[5] == 2 ? 1 : w[5];
-        for (int64_t x = 0; x < step.columns; ++x) {
-          const float value = from[x * stride];
-          to[x] = to[x] > value || to[x] != to[x] ? to[x] : value;
-        }
-      }
-    }
-    frame(step, plane);
   }
 }
 
