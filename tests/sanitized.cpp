@@ -129,16 +129,16 @@ int run_norm(int32_t threads) {
   return wrong;
 }
 
-}  // namespace
-
-int main(int, char **arguments) {
-  parallel = start;
-  thread_index = [] { return index_here; };
-  thread_count = [] { return count_here; };
-  Reader file(arguments[1]);
+int run_file(const char *path) {
+  Reader file(path);
   const auto head = file.take<int64_t>();  // what it is: a plan, a sum, a gradient of one; and on how many threads
   const auto threads = static_cast<int32_t>(head[1]);
-  int wrong = head[0] ? run_sum(file, threads, head[0] == 2) : run_plan(file, threads);
+  return head[0] ? run_sum(file, threads, head[0] == 2) : run_plan(file, threads);
+}
+
+// What needs no file: how many results are not what they must be.
+int run_rest(int32_t threads) {
+  int wrong = 0;
   std::vector<float> values(100000, 1.f);
   const std::vector<uint8_t> mask(values.size(), 0);
   sparsify_zero_dropped(values.data(), mask.data(), static_cast<int64_t>(values.size()), 4, threads);
@@ -159,7 +159,22 @@ int main(int, char **arguments) {
     sparsify_order(&order, threads);
     wrong += order.found != count || starts[2000] != count;
   }
-  wrong += run_norm(threads);
-  if (wrong) std::printf("%d results are wrong\n", wrong);
+  return wrong + run_norm(threads);
+}
+
+}  // namespace
+
+// Run the files that are given, on as many threads as they say, and what needs none on so many as the first argument says.
+int main(int count, char **arguments) {
+  parallel = start;
+  thread_index = [] { return index_here; };
+  thread_count = [] { return count_here; };
+  int wrong = run_rest(std::atoi(arguments[1]));
+  for (int i = 2; i < count; ++i) {
+    std::fprintf(stderr, "%s\n", arguments[i]);  // a sanitizer speaks of the last one
+    const int found = run_file(arguments[i]);
+    if (found) std::fprintf(stderr, "%d results are wrong\n", found);
+    wrong += found;
+  }
   return wrong != 0;
 }

@@ -105,33 +105,25 @@ def write_sums(folder: Path, name: str, machine: Machine, last: bool) -> list[Pa
     for number, (kind, prepared, *tensors) in enumerate(cases):
         arrays = [table for own in prepared._tables for table in own.values()]
         flat = [t.detach().as_strided((t.numel(),), (1,)).numpy() for t in tensors]  # as they lie
-        paths.append(folder / f"sum {number}")
+        paths.append(folder / f"{name}, {'last' if last else 'first'}, {number}")
         write(paths[-1], kind, prepared.records, arrays, *flat)
     return paths
 
 
 def check(tmp_path: Path, machine: Machine, *flags: str) -> None:
-    """Build the program that runs plans and sums, and let it run some."""
+    """Build the program that runs plans and sums, and let it run some, all in one process."""
     native, program = Path(compiler.__file__).parent / "native", tmp_path / "program"
     command = [str(GXX), "-std=c++17", "-O0", "-g", "-Wno-psabi", "-pthread", *flags, f"-I{native}", str(SOURCE), "-ldl"]
     subprocess.run([*command, "-o", str(program)], check=True)
-    path = tmp_path / "plan"
     torch.manual_seed(0)
-
-    def run(name: str, path: Path) -> None:
-        done = subprocess.run([str(program), str(path)], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr[-3000:]}"
-
-    for name in MODELS:
-        write_plan(path, thin(IMAGES[name](), 0.4), torch.randn(5, 5, 9, 11), machine)
-        run(name, path)
-    for tokens in (1, 33):
-        write_plan(path, thin(Timm(), 0.4), torch.randn(5, tokens, 24), machine)
-        run(f"attention of {tokens}", path)
-    for name in SUMS:
-        for last in (False, True):
-            for path in write_sums(tmp_path, name, machine, last):
-                run(f"{name}, {path.name}", path)
+    plans = {name: (IMAGES[name](), torch.randn(5, 5, 9, 11)) for name in MODELS}
+    plans |= {f"attention of {tokens}": (Timm(), torch.randn(5, tokens, 24)) for tokens in (1, 33)}
+    for name, (model, x) in plans.items():
+        write_plan(tmp_path / name, thin(model, 0.4), x, machine)
+    paths = [tmp_path / name for name in plans]
+    paths += [path for name in SUMS for last in (False, True) for path in write_sums(tmp_path, name, machine, last)]
+    done = subprocess.run([str(program), str(THREADS), *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(GXX is None, reason="there is no g++ here")
