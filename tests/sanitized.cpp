@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <thread>
@@ -129,11 +130,10 @@ int run_norm(int32_t threads) {
   return wrong;
 }
 
-int run_file(const char *path) {
+int run_file(const char *path, int32_t threads) {
   Reader file(path);
-  const auto head = file.take<int64_t>();  // what it is: a plan, a sum, a gradient of one; and on how many threads
-  const auto threads = static_cast<int32_t>(head[1]);
-  return head[0] ? run_sum(file, threads, head[0] == 2) : run_plan(file, threads);
+  const auto kind = file.take<int64_t>()[0];  // a plan, a sum, a gradient of one
+  return kind ? run_sum(file, threads, kind == 2) : run_plan(file, threads);
 }
 
 // What needs no file: how many results are not what they must be.
@@ -164,15 +164,16 @@ int run_rest(int32_t threads) {
 
 }  // namespace
 
-// Run the files that are given, on as many threads as they say, and what needs none on so many as the first argument says.
+// Run what needs no file, and the files that are given, on as many threads as the first argument says.
 int main(int count, char **arguments) {
   parallel = start;
   thread_index = [] { return index_here; };
   thread_count = [] { return count_here; };
-  int wrong = run_rest(std::atoi(arguments[1]));
+  const int32_t threads = std::atoi(arguments[1]);
+  int wrong = run_rest(threads);
   for (int i = 2; i < count; ++i) {
     std::fprintf(stderr, "%s\n", arguments[i]);  // a sanitizer speaks of the last one
-    const int found = run_file(arguments[i]);
+    const int found = run_file(arguments[i], threads);
     if (found) std::fprintf(stderr, "%d results are wrong\n", found);
     wrong += found;
   }

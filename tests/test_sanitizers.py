@@ -67,7 +67,7 @@ def write(path: Path, kind: int, records: Any, arrays: list[np.ndarray], *others
             setattr(record, name, int(inside[0]) if inside else None)
     places = [getattr(type(records)._type_, name).offset for name in pointers]
     tables = b"".join(array.tobytes() for array in arrays)
-    head = np.array([kind, THREADS], np.int64).tobytes()
+    head = np.array([kind], np.int64).tobytes()
     vectors = [head, bytes(records), np.array(places, np.int64).tobytes(), tables, *(other.tobytes() for other in others)]
     path.write_bytes(b"".join(len(vector).to_bytes(8, sys.byteorder) + vector for vector in vectors))
 

@@ -117,7 +117,7 @@ def choose(
         single: whether planes are one pixel.
     """
     if single:
-        return Work(1, 1, 1 << 30, np.inf, _parts(), 0.7 * float(mask.sum()))
+        return Work(1, 1, 1 << 30, np.inf, _chunks(1), 0.7 * float(mask.sum()))
     found = []
     for group in GROUPS:
         if shape[0] // groups % group:
@@ -139,7 +139,7 @@ def choose(
         )
         tiles = -(-flat // (machine.lanes * vectors))
         chunk = _chunk(machine, kept, tiles * images, 4 * vectors * machine.lanes * shape[1] * groups)
-        found.append(Work(group, vectors, channels, chunk, max(1, -(-_parts() // tiles)), cycles))
+        found.append(Work(group, vectors, channels, chunk, _chunks(tiles), cycles))
     return min(found, key=lambda work: work.cycles)
 
 
@@ -196,14 +196,14 @@ def cut(
     missed = pace.miss + pace.swept * swept
     best, found, most = np.inf, (1, 1), min(total, machine.tiles[group])
     for vectors in range(most, min(4, most) - 1, -1):
-        run, tiles = vectors * machine.lanes, -(-total // vectors)
+        run, tiles, uneven = vectors * machine.lanes, -(-total // vectors), _uneven(total, vectors)
         reach = 4 * channels * sum(min(height * (run + 8), run + (height - 1) * pitch + 8) for height in heights)
         for blocks in _blocks(channels) if blocked else (1,):
             near = min(1.0, pace.near * machine.cache * blocks / reach)
             behind = max(0.0, 1 - machine.next_cache * blocks / (2 * reach))
             per_vector = load + missed * (1 - near) + pace.far * behind
             cost = blocks * outputs * (tiles * pace.visit + total * pace.sums * group)
-            cost = _uneven(total, vectors) * (cost + kept * (tiles * pace.turn + total * per_vector))
+            cost = uneven * (cost + kept * (tiles * pace.turn + total * per_vector))
             if cost < best:
                 best, found = cost, (vectors, blocks)
     vectors, blocks = found
@@ -213,13 +213,13 @@ def cut(
 def _uneven(total: int, vectors: int) -> float:
     """Return how much longer the thread with the most vectors takes than if all had as many."""
     tiles, team = -(-total // vectors), threads()
-    chunks = max(1, -(-_parts() // tiles))
+    chunks = _chunks(tiles)
     return -(-tiles * chunks // team) * vectors * team / (chunks * total)
 
 
-def _parts() -> int:
-    """Return how many pieces a convolution has at least: a thread that is late leaves some to others."""
-    return 4 * threads() if threads() > 1 else 1
+def _chunks(tiles: int) -> int:
+    """Return the least chunks of outputs for so many tiles: several a thread, so that a late one leaves some to others."""
+    return -(-4 * threads() // tiles) if threads() > 1 else 1
 
 
 def torch_cycles(machine: Machine, weights: int, pixels: int, groups: int, outputs: float) -> float:

@@ -10,7 +10,7 @@
 namespace sparsify {
 
 // The larger of two; NaN in either stays.
-inline Vector most(Vector a, Vector b) { return a != a ? a : a > b ? a : b; }
+inline Vector most(Vector a, Vector b) { return a != a ? a : larger(b, a); }
 
 // Numbers that are `Stride` apart, or `stride` where that is 0.
 template <int Stride>
