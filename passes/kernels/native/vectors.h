@@ -49,7 +49,7 @@ inline Vector smaller(Vector a, Vector b) { return a > b ? b : a; }
 
 // A vector that stays in a register: GCC reads from memory once more for every product that takes what was loaded.
 inline Vector held(Vector value) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATED)  // vectors that the processor does not have are in several registers
   asm("" : "+v"(value));
 #elif defined(__aarch64__)
   asm("" : "+w"(value));
