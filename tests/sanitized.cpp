@@ -130,6 +130,19 @@ int run_norm(int32_t threads) {
   return wrong;
 }
 
+// Pools of numbers that grow along planes: the last pixel of a window is chosen, where gradients add up.
+int run_pool(int32_t threads) {
+  const MaxPool pool{5, 9, 11, 5, 6, {3, 3}, {2, 2}, {1, 1}};
+  std::vector<float> x(5 * 9 * 11), y(5 * 5 * 6), of_x(x.size());
+  std::vector<uint8_t> chosen(y.size());
+  std::iota(x.begin(), x.end(), 0.f);
+  sparsify_max_pool_forward(&pool, x.data(), y.data(), chosen.data(), threads);
+  sparsify_max_pool_backward(&pool, y.data(), chosen.data(), of_x.data(), threads);
+  int wrong = 0;
+  for (const float value : y) wrong += of_x[static_cast<size_t>(value)] < value;
+  return wrong;
+}
+
 int run_file(const char *path, int32_t threads) {
   Reader file(path);
   const auto kind = file.take<int64_t>()[0];  // a plan, a sum, a gradient of one
@@ -159,7 +172,7 @@ int run_rest(int32_t threads) {
     sparsify_order(&order, threads);
     wrong += order.found != count || starts[2000] != count;
   }
-  return wrong + run_norm(threads);
+  return wrong + run_norm(threads) + run_pool(threads);
 }
 
 }  // namespace

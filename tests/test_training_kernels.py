@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from passes.kernels import cache, compiler
 from passes.kernels.norms import normalize
 from passes.kernels.order import order_of
+from passes.kernels.pools import max_pool
 from passes.kernels.products import convolve, linear
 from passes.kernels.training_costs import training_cycles
 from passes.kernels.windows import Kept, Window
-from passes.masking import norms, products
+from passes.masking import norms, pools, products
 from passes.masking.mask import masks_of
 from sparsify import GMP, NM, SET, SNFS, RigL, SRigL, Static, compress, fold, graphs, sparsify, use_kernels
 
@@ -170,6 +171,7 @@ def test_operators_fit_torch() -> None:
     gain, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     for other in (None, torch.randn(3, 4, 6, 6)):
         opcheck(torch.ops.sparsify.normalize.default, (x, gain, bias, other, 1e-5, True))
+    opcheck(torch.ops.sparsify.max_pool.default, (x, [3, 3], [2, 2], [1, 1]))
 
 
 def test_second_derivatives_are_those_of_the_masked_weight() -> None:
@@ -191,6 +193,9 @@ def test_second_derivatives_are_those_of_the_masked_weight() -> None:
 
     wanted = second_of_norm((F.batch_norm(x, None, None, gain, bias, True) + other).relu())
     assert_close(second_of_norm(normalize(x, gain, bias, other, 1e-5, True)[0]), wanted)
+    first, second_of_pool = ((x * gain[:, None, None]).square() for _ in range(2))
+    pooled = [second_of_norm(y) for y in (F.max_pool2d(first, 3, 2, 1), max_pool(second_of_pool, (3, 3), (2, 2), (1, 1)))]
+    assert_close(*pooled)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -210,6 +215,63 @@ def test_norms(shape: tuple[int, ...], add: bool, relu: bool) -> None:
     assert_close([y, mean], [expected, exact[0].mean((0, 2, 3))])
     torch.testing.assert_close(variance.double(), exact[0].var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
     assert_close(list(torch.autograd.grad(y, given, grad)), list(torch.autograd.grad(expected, exact, grad.double())))
+
+
+POOLS = [  # shape, kernel, stride, padding
+    ((2, 3, 9, 11), (3, 3), (2, 2), (1, 1)),
+    ((2, 3, 40, 70), (3, 3), (2, 2), (1, 1)),
+    ((1, 5, 8, 8), (2, 2), (2, 2), (0, 0)),
+    ((2, 2, 7, 33), (3, 2), (1, 1), (1, 0)),
+    ((1, 2, 17, 50), (5, 3), (4, 3), (2, 1)),
+    ((3, 1, 6, 6), (6, 6), (1, 1), (3, 3)),
+]
+
+
+@pytest.mark.parametrize("values", ["any", "few", "-inf", "NaN"])
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), POOLS)
+def test_max_pools(shape: tuple[int, ...], kernel: Any, stride: Any, padding: Any, values: str) -> None:
+    """To the bit: which of equal pixels, of those that are -inf, or of those that are NaN, gets the gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(shape) if values == "any" else torch.randint(0, 3, shape).float()
+    x = torch.where(torch.rand(shape) < 0.7, float(values), x) if values in ("-inf", "NaN") else x
+    x.requires_grad_()
+    expected, y = F.max_pool2d(x, kernel, stride, padding), max_pool(x, kernel, stride, padding)
+    grad = torch.randn(y.shape).round(decimals=1)
+    equal = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(y, expected, **equal)
+    (found,), (wanted,) = (torch.autograd.grad(result, x, grad.round()) for result in (y, expected))  # sums of integers
+    torch.testing.assert_close(found, wanted, **equal)
+
+
+class Pools(nn.Module):
+    """Pools that run natively, and others that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.usual, self.pairs = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 3), (1, 2), (1, 0))
+        self.up, self.wide = nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(self.up(self.pairs(self.usual(self.conv(x)))))
+
+
+@pytest.mark.usefixtures("_small_norms_too")
+def test_pools_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    masked, sparse = pair(Pools())
+    x, called = torch.randn(2, 3, 32, 32), []
+    monkeypatch.setattr(pools, "max_pool", lambda *given: called.append(given[1:]) or max_pool(*given))
+    for model in (masked, sparse):
+        model(x).square().sum().backward()
+    assert called == [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (1, 0))]
+    assert_close([p.grad for p in sparse.parameters()], [p.grad for p in masked.parameters()])
+    sparse.usual.register_forward_hook(lambda *_: called.append("hook"))
+    sparse(x)
+    assert called[2:] == ["hook", ((2, 3), (1, 2), (1, 0))]
+    for model in (masked, sparse):
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            model(torch.randn(2, 3, 2, 2))
 
 
 # Models

@@ -37,6 +37,14 @@ def native() -> ctypes.CDLL | None:
         return None
 
 
+def native_for(operator: str) -> ctypes.CDLL:
+    """Return the native library for an operator that is only called where there is one."""
+    library = native()
+    if library is None:
+        raise RuntimeError(f"sparsify::{operator} needs the native loops, and the model was compiled where there were some.")
+    return library
+
+
 def threads() -> int:
     """Return how many threads a loop may use: as many as torch does, and one in a forked process, where its pool is gone."""
     return 1 if _FORKED else torch.get_num_threads()
@@ -137,6 +145,8 @@ def _load(path: Path) -> ctypes.CDLL:
         ("sum_gradient", integer, (pointer, pointer, pointer, pointer, integer)),
         ("norm_forward", None, (*[pointer] * 6, integer)),
         ("norm_backward", None, (*[pointer] * 10, integer)),
+        ("max_pool_forward", None, (*[pointer] * 4, integer)),
+        ("max_pool_backward", None, (*[pointer] * 4, integer)),
     ):
         function = getattr(library, f"sparsify_{name}")
         function.restype, function.argtypes = result, arguments

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from passes.kernels.compiler import native, threads
+from passes.kernels.compiler import native_for, threads
 
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 _LIBRARY.define(
@@ -42,13 +42,6 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _native() -> ctypes.CDLL:
-    library = native()
-    if library is None:
-        raise RuntimeError("sparsify::normalize needs the native loops, and the model was compiled where there were some.")
-    return library
-
-
 @torch.library.impl(_LIBRARY, "normalize", "CPU")
 def _normalize(
     x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, eps: float, relu: bool
@@ -57,7 +50,7 @@ def _normalize(
     other = None if other is None else other.contiguous()
     y, mean, variance = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(bias)
     norm = _norm(x, weight, bias, eps, relu)
-    _native().sparsify_norm_forward(norm, *_pointers(x, other, y, mean, variance), threads())
+    native_for("normalize").sparsify_norm_forward(norm, *_pointers(x, other, y, mean, variance), threads())
     return y, mean, variance
 
 
@@ -82,7 +75,7 @@ def _normalize_backward(
     grad, x, weight, bias = (t.contiguous() for t in (grad, x, weight, bias))
     found = torch.empty_like(x), torch.empty_like(x) if of_other else None, torch.empty_like(weight), torch.empty_like(bias)
     norm = _norm(x, weight, bias, eps, relu)
-    _native().sparsify_norm_backward(norm, *_pointers(grad, x, y, mean, variance, *found), threads())
+    native_for("normalize").sparsify_norm_backward(norm, *_pointers(grad, x, y, mean, variance, *found), threads())
     of_x, added, of_weight, of_bias = found
     return of_x, of_weight, of_bias, x.new_empty(0) if added is None else added
 

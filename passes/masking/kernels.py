@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from passes.capture.captured import Captured, is_there
 from passes.masking.mask import Mask, masks_of
 from passes.masking.norms import join_norms_
+from passes.masking.pools import call_pools_
 from passes.masking.products import SIDES, may_run, sparse_product
 
 KERNELS = ("auto", "masked", "sparse")
@@ -62,9 +63,10 @@ def fuse_where_sparse(model: nn.Module) -> nn.Module:
 
 
 def _in_training(graph: fx.Graph, module: nn.Module) -> fx.Graph:
-    """Return a graph like another one that calls norms together with what follows them, and products with kept weights."""
+    """Return a graph like another one that calls norms with what follows them, pools, and products with kept weights."""
     result = copy.deepcopy(graph)
     join_norms_(result, module)
+    call_pools_(result, module)
     _join_products_(result, module)
     return result
 

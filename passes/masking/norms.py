@@ -1,6 +1,7 @@
 """Norms: batch normalisations of a graph in training, one pass over memory with the addition and the ReLU that follow them."""
 
 import operator
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +92,21 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor, other: Tensor | None, relu: nn.ReLU |
     whole = norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
     if not whole or has_hooks(norm) or (isinstance(relu, nn.Module) and has_hooks(relu)):
         return False
-    tensors = [t for t in (x, other, norm.weight, norm.bias, norm.running_mean) if t is not None]
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
-        return False
-    if x.dim() != 4 or x.numel() < _LEAST or x.numel() < 2 * x.shape[1] or not x.is_contiguous():
+    if not are_images(x) or x.numel() < 2 * x.shape[1]:
         return False
     if other is not None and (other.shape != x.shape or not other.is_contiguous()):
+        return False
+    return may_run_natively([t for t in (x, other, norm.weight, norm.bias, norm.running_mean) if t is not None])
+
+
+def are_images(x: Tensor) -> bool:
+    """Whether a tensor is a batch of contiguous images that are so many that one pass over memory less is worth some calls."""
+    return x.dim() == 4 and x.numel() >= _LEAST and x.is_contiguous()
+
+
+def may_run_natively(tensors: Sequence[Tensor]) -> bool:
+    """Whether native operators compute what torch's do with these tensors."""
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():
         return True

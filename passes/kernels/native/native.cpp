@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <unistd.h>
 
+#include "max_pool.h"
 #include "norms.h"
 #include "order.h"
 #include "plan.h"
@@ -96,5 +97,14 @@ void sparsify_norm_forward(const Norm *norm, const float *x, const float *other,
 void sparsify_norm_backward(const Norm *norm, const float *gradient, const float *x, const float *y, const float *mean,
                             const float *variance, float *of_x, float *of_other, float *of_weight, float *of_bias, int32_t threads) {
   norm_backward(*norm, gradient, x, y, mean, variance, of_x, of_other, of_weight, of_bias, threads);
+}
+
+// Max pooling: see max_pool.h.
+void sparsify_max_pool_forward(const MaxPool *pool, const float *x, float *y, uint8_t *chosen, int32_t threads) {
+  max_pool_forward(*pool, x, y, chosen, threads);
+}
+
+void sparsify_max_pool_backward(const MaxPool *pool, const float *gradient, const uint8_t *chosen, float *of_x, int32_t threads) {
+  max_pool_backward(*pool, gradient, chosen, of_x, threads);
 }
 }
