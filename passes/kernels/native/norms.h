@@ -4,7 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "threads.h"
@@ -32,19 +34,52 @@ void in_blocks(const Norm &n, int64_t tensors, int32_t threads, const Work &work
   });
 }
 
-// Call use(channel, first number) for all planes of some channels.
+// Call use(channel, image, first number) for all planes of some channels.
 template <typename Use>
 void planes_of(const Norm &n, int64_t first, int64_t end, const Use &use) {
   for (int64_t image = 0; image < n.images; ++image)
-    for (int64_t c = first; c < end; ++c) use(c, (image * n.channels + c) * n.pixels);
+    for (int64_t c = first; c < end; ++c) use(c, image, (image * n.channels + c) * n.pixels);
 }
 
-// Go along a plane, vector by vector; `one` gets what does not fill a vector.
+// Go along a plane, vector by vector; `one` gets what does not fill a vector. The same plane of the next image, which lies far
+// away, is asked for: of what is read and, with `written`, of what is written.
 template <typename Vectors, typename One>
-void along(int64_t begin, int64_t pixels, const Vectors &vectors, const One &one) {
+void along(const Norm &n, int64_t image, int64_t begin, std::initializer_list<const float *> read,
+           std::initializer_list<const float *> written, const Vectors &vectors, const One &one) {
+  const int64_t ahead = image + 1 < n.images ? n.channels * n.pixels : 0;
   int64_t i = begin;
-  for (; i + kLanes <= begin + pixels; i += kLanes) vectors(i);
-  for (; i < begin + pixels; ++i) one(i);
+  for (; i + kLanes <= begin + n.pixels; i += kLanes) {
+    for (const float *from : read)
+      if (from) __builtin_prefetch(from + i + ahead);
+    for (const float *to : written)
+      if (to) __builtin_prefetch(to + i + ahead, 1);
+    vectors(i);
+  }
+  for (; i < begin + n.pixels; ++i) one(i);
+}
+
+using Pair = std::array<Vector, 2>;
+
+// Two sums over all pixels of some channels; vectors(pair, channel, number) and one(...) add to them. In float lane by lane for
+// some images, then in double.
+template <typename Vectors, typename One>
+std::vector<std::array<double, 2>> sums_of(const Norm &n, int64_t first, int64_t end, std::initializer_list<const float *> read,
+                                           const Vectors &vectors, const One &one) {
+  std::vector<Pair> sums(end - first);
+  std::vector<std::array<double, 2>> found(end - first);
+  const int64_t turns = std::max(64 * kLanes / n.pixels, int64_t(1));
+  planes_of(n, first, end, [&](int64_t c, int64_t image, int64_t begin) {
+    Pair own = sums[c - first];
+    along(
+        n, image, begin, read, {}, [&](int64_t i) { vectors(own, c, i); }, [&](int64_t i) { one(own, c, i); });
+    if ((image + 1) % turns == 0 || image + 1 == n.images)
+      for (int k = 0; k < 2; ++k) {
+        found[c - first][k] += across(own[k]);
+        own[k] = Vector{};
+      }
+    sums[c - first] = own;
+  });
+  return found;
 }
 
 // What a channel is multiplied by, and what is added.
@@ -60,36 +95,30 @@ struct Line {
 inline void norm_forward(const Norm &n, const float *x, const float *other, float *y, float *mean, float *variance, int32_t threads) {
   const double count = static_cast<double>(n.images * n.pixels);
   in_blocks(n, 1, threads, [&](int64_t first, int64_t end) {
-    std::vector<double> sums(end - first), squares(end - first);
+    const auto sums = sums_of(
+        n, first, end, {x},
+        [&](Pair &own, int64_t c, int64_t i) {
+          const Vector value = load(x + i) - x[c * n.pixels];
+          own[0] += value;
+          own[1] += value * value;
+        },
+        [&](Pair &own, int64_t c, int64_t i) {
+          const float value = x[i] - x[c * n.pixels];
+          own[0][0] += value;
+          own[1][0] += value * value;
+        });
     std::vector<Line> lines;
-    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
-      const float start = x[c * n.pixels];
-      Vector sum = {}, square = {};
-      float rest = 0, rest_square = 0;
-      along(
-          begin, n.pixels,
-          [&](int64_t i) {
-            const Vector value = load(x + i) - start;
-            sum += value;
-            square += value * value;
-          },
-          [&](int64_t i) {
-            rest += x[i] - start;
-            rest_square += (x[i] - start) * (x[i] - start);
-          });
-      sums[c - first] += static_cast<double>(across(sum)) + rest;
-      squares[c - first] += static_cast<double>(across(square)) + rest_square;
-    });
     for (int64_t c = first; c < end; ++c) {
-      const double shift = sums[c - first] / count;
+      const auto [sum, square] = sums[c - first];
+      const double shift = sum / count;
       mean[c] = static_cast<float>(x[c * n.pixels] + shift);
-      variance[c] = static_cast<float>(std::max(0.0, squares[c - first] / count - shift * shift));
+      variance[c] = static_cast<float>(std::max(0.0, square / count - shift * shift));
       lines.emplace_back(n, c, mean[c], variance[c]);
     }
-    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+    planes_of(n, first, end, [&](int64_t c, int64_t image, int64_t begin) {
       const Line line = lines[c - first];
       along(
-          begin, n.pixels,
+          n, image, begin, {other}, {y},
           [&](int64_t i) {
             Vector value = load(x + i) * line.scale + line.shift;
             if (other) value += load(other + i);
@@ -126,43 +155,36 @@ inline void norm_backward(const Norm &n, const float *gradient, const float *x, 
                           float *of_x, float *of_other, float *of_weight, float *of_bias, int32_t threads) {
   const double count = static_cast<double>(n.images * n.pixels);
   in_blocks(n, y ? 3 : 2, threads, [&](int64_t first, int64_t end) {
-    std::vector<double> sums(end - first), products(end - first);  // of what comes through the gate, and of it and x - mean
-    std::vector<float> slopes(end - first), added(end - first);    // what x is multiplied by, and what is added
+    std::vector<float> slopes(end - first), added(end - first);  // what x is multiplied by, and what is added
     std::vector<Gate> gates;
     for (int64_t c = first; c < end; ++c) gates.push_back({gradient, x, y, n.relu != 0, Line(n, c, mean[c], variance[c])});
-    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
-      const Gate gate = gates[c - first];
-      Vector sum = {}, product = {};
-      float rest = 0, rest_product = 0;
-      along(
-          begin, n.pixels,
-          [&](int64_t i) {
-            const Vector g = gate.vector(i);
-            sum += g;
-            product += g * (load(x + i) - mean[c]);
-          },
-          [&](int64_t i) {
-            const float g = gate.one(i);
-            rest += g;
-            rest_product += g * (x[i] - mean[c]);
-          });
-      sums[c - first] += static_cast<double>(across(sum)) + rest;
-      products[c - first] += static_cast<double>(across(product)) + rest_product;
-    });
+    const auto sums = sums_of(  // of what comes through the gate, and of it and x - mean
+        n, first, end, {x, gradient, y},
+        [&](Pair &own, int64_t c, int64_t i) {
+          const Vector g = gates[c - first].vector(i);
+          own[0] += g;
+          own[1] += g * (load(x + i) - mean[c]);
+        },
+        [&](Pair &own, int64_t c, int64_t i) {
+          const float g = gates[c - first].one(i);
+          own[0][0] += g;
+          own[1][0] += g * (x[i] - mean[c]);
+        });
     for (int64_t c = first; c < end; ++c) {
       const int64_t i = c - first;
       const double inverse = 1 / std::sqrt(variance[c] + n.epsilon);
       const float scale = gates[i].line.scale;
-      of_bias[c] = static_cast<float>(sums[i]);
-      of_weight[c] = static_cast<float>(products[i] * inverse);
-      slopes[i] = static_cast<float>(-scale * inverse * inverse * products[i] / count);
-      added[i] = static_cast<float>(-scale * sums[i] / count) - slopes[i] * mean[c];
+      const auto [sum, product] = sums[i];
+      of_bias[c] = static_cast<float>(sum);
+      of_weight[c] = static_cast<float>(product * inverse);
+      slopes[i] = static_cast<float>(-scale * inverse * inverse * product / count);
+      added[i] = static_cast<float>(-scale * sum / count) - slopes[i] * mean[c];
     }
-    planes_of(n, first, end, [&](int64_t c, int64_t begin) {
+    planes_of(n, first, end, [&](int64_t c, int64_t image, int64_t begin) {
       const Gate gate = gates[c - first];
       const float slope = slopes[c - first], plus = added[c - first];
       along(
-          begin, n.pixels,
+          n, image, begin, {}, {of_x, of_other},
           [&](int64_t i) {
             const Vector g = gate.vector(i);
             if (of_other) store(of_other + i, g);
