@@ -42,7 +42,7 @@ class Pace:
 _WIDE = Pace(13, 1.4, 0.9, {1: 0.67, 2: 0.48, 4: 0.5}, {1: 0.98, 2: 0.56, 4: 0.5}, 0.7, 0.6, 0, 0.5)  # a Zen 5
 _NARROW = Pace(9, 0.7, 0.4, {1: 0.6, 2: 0.47, 4: 0.42}, {1: 0.62, 2: 0.53, 4: 0.36}, 0.85, 0.35, 0.3, 0.4)  # a Zen 3
 # In training planes hold a batch: more comes from far away.
-_WIDE_TRAINING = Pace(14, 1.8, 1, {1: 0.55, 2: 0.36, 4: 0.36}, {1: 0.55, 2: 0.36, 4: 0.36}, 0.9, 1.2, 0.9, 3)
+_WIDE_TRAINING = replace(_WIDE, miss=1.2, far=3)
 _NARROW_TRAINING = replace(_NARROW, visit=10, sums=0.6, turn=1, near=0.7, miss=1.2, swept=0.9, far=3)
 
 
