@@ -51,14 +51,19 @@ struct Piece {
   static int64_t count(const Sum &s) { return bands(s) * ((s.images + s.together - 1) / s.together); }
 };
 
-inline void copy_run(const float *from, int64_t step, float *to, int64_t count) {
+// Copy numbers that are `step` apart. What lies `ahead` of what is far away, which is read or else `Written`, is asked for.
+template <bool Written = false>
+void copy_run(const float *from, int64_t step, float *to, int64_t count, int64_t ahead = 0) {
   if (step == 2) return copy_evens(from, to, count);
   if (step != 1) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
     return;
   }
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i + kLanes <= count; i += kLanes) {
+    __builtin_prefetch((Written ? to : from) + i + ahead, Written);
+    store(to + i, load(from + i));
+  }
   for (; i < count; ++i) to[i] = from[i];
 }
 
@@ -78,7 +83,7 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
       float *plane = planes + phase * s.distance + s.lead + i * s.height * s.pitch;
       for (int64_t c = 0; c < (last ? 1 : s.channels); ++c, plane += s.phases * s.distance, image += s.source_channel) {
         if (one_run && top == 0 && p.row + bottom <= high) {
-          copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1));
+          copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1), s.source_channel);
           continue;
         }
         for (int64_t y = top; y < bottom; ++y) {
@@ -89,7 +94,7 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
             if (last)
               transpose(from, step, width(row), s.channels, to, s.phases * s.distance);
             else
-              copy_run(from, step, to, width(row));
+              copy_run(from, step, to, width(row), s.source_channel);
           } else {
             for (int64_t other = 0; other < (last ? s.channels : 1); ++other, to += s.phases * s.distance)
               std::fill(to, to + wide, 0.f);
@@ -142,9 +147,9 @@ void exchange(const Sum &s, const Piece &p, float *target, float *tile, int64_t 
       else if (last)
         transpose(to, step, run.count, outputs, from, stride);
       else if (!Out)
-        copy_run(to, step, from, run.count);
+        copy_run(to, step, from, run.count, s.target_channel);
       else if (step == 1)
-        copy_run(from, 1, to, run.count);
+        copy_run<true>(from, 1, to, run.count, s.target_channel);
       else
         for (int64_t x = 0; x < run.count; ++x) to[x * step] = from[x];
     }
