@@ -16,7 +16,7 @@ inline Vector most(Vector a, Vector b) { return a != a ? a : larger(b, a); }
 template <int Stride>
 Vector load_strided(const float *from, int64_t stride) {
   if constexpr (Stride == 1) return load(from);
-  if constexpr (Stride == 2) return evens(load(from), load(from + kLanes));
+  if constexpr (Stride == 2) return evens(from);
   Vector found;
   for (int i = 0; i < kLanes; ++i) found[i] = from[i * stride];
   return found;

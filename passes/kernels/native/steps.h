@@ -91,11 +91,12 @@ inline void frame(const Step &step, float *plane, int64_t begin, int64_t end) {
 
 inline void frame(const Step &step, float *plane) { frame(step, plane, 0, length(step)); }
 
-// Copy every other number. All but the last are in vectors, so that nothing is read behind them.
+// Copy every other number. The last vector begins where it ends with the last number.
 inline void copy_evens(const float *from, float *to, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes < count; i += kLanes) store(to + i, evens(load(from + 2 * i), load(from + 2 * i + kLanes)));
-  for (; i < count; ++i) to[i] = from[2 * i];
+  for (; i + kLanes <= count; i += kLanes) store(to + i, evens(from + 2 * i));
+  if (i < count && i) store(to + count - kLanes, evens(from + 2 * (count - kLanes)));
+  for (; i < count && count < kLanes; ++i) to[i] = from[2 * i];
 }
 
 typedef float Four __attribute__((vector_size(16)));

@@ -55,16 +55,22 @@ struct Piece {
 template <bool Written = false>
 void copy_run(const float *from, int64_t step, float *to, int64_t count, int64_t ahead = 0) {
   if (step == 2) return copy_evens(from, to, count);
-  if (step != 1) {
+  if (step != 1 || count < 4) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
     return;
   }
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    __builtin_prefetch((Written ? to : from) + i + ahead, Written);
-    store(to + i, load(from + i));
-  }
-  for (; i < count; ++i) to[i] = from[i];
+  const auto copy = [&](auto lanes) {  // the last vector begins where it ends with the last number
+    const auto one = [&](int64_t at) { std::memcpy(to + at, from + at, sizeof(float) * lanes); };
+    for (int64_t i = 0; i + lanes <= count; i += lanes) {
+      __builtin_prefetch((Written ? to : from) + i + ahead, Written);
+      one(i);
+    }
+    if (count % lanes) one(count - lanes);
+  };
+  if (count >= kLanes)
+    copy(std::integral_constant<int64_t, kLanes>());
+  else
+    copy(std::integral_constant<int64_t, 4>());
 }
 
 // Copy a piece of the source into planes; what is around pixels is 0 already.
@@ -86,20 +92,22 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
           copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1), s.source_channel);
           continue;
         }
-        for (int64_t y = top; y < bottom; ++y) {
-          const int64_t row = p.row + y;
-          const float *from = image + row * s.stride_rows * s.source_row;
+        const int64_t first = std::min(std::max(top, -p.row), bottom), end = std::max(std::min(bottom, high - p.row), first);
+        const auto clear = [&](int64_t y, int64_t last_one) {  // rows that are not there
+          for (; y < last_one; ++y)
+            for (int64_t other = 0; other < (last ? s.channels : 1); ++other)
+              std::fill_n(plane + y * s.pitch + other * s.phases * s.distance, wide, 0.f);
+        };
+        clear(top, first);
+        for (int64_t y = first; y < end; ++y) {
+          const float *from = image + (p.row + y) * s.stride_rows * s.source_row;
           float *to = plane + y * s.pitch;
-          if (row >= 0 && row < high) {
-            if (last)
-              transpose(from, step, width(row), s.channels, to, s.phases * s.distance);
-            else
-              copy_run(from, step, to, width(row), s.source_channel);
-          } else {
-            for (int64_t other = 0; other < (last ? s.channels : 1); ++other, to += s.phases * s.distance)
-              std::fill(to, to + wide, 0.f);
-          }
+          if (last)
+            transpose(from, step, width(p.row + y), s.channels, to, s.phases * s.distance);
+          else
+            copy_run(from, step, to, width(p.row + y), s.source_channel);
         }
+        clear(end, bottom);
       }
     }
   }

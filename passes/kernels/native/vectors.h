@@ -67,11 +67,11 @@ inline To bits(From value) {
 
 // Where numbers come from, in memory: GCC builds what a loop says anew for every use.
 struct Places {
-  alignas(64) int32_t evens[kLanes] = {};
+  alignas(64) int32_t evens[kLanes] = {};  // of a vector, and of one that begins where that one ends
   alignas(64) int32_t turned[kLanes][kLanes] = {};  // by 1, 2, 4 and so on numbers, each half with the other
 
   constexpr Places() {
-    for (int i = 0; i < kLanes; ++i) evens[i] = 2 * i;
+    for (int i = 0; i < kLanes; ++i) evens[i] = 2 * i + (i >= kLanes / 2);
     for (int half = 1; half < kLanes; half *= 2)
       for (int i = 0; i < kLanes; ++i) turned[half][i] = i ^ half;
   }
@@ -84,12 +84,13 @@ inline Integers places_at(const int32_t *from) {
   return places;
 }
 
-// Every other number of two vectors.
-inline Vector evens(Vector a, Vector b) {
+// A vector of every other number; the last one is the last that is read.
+inline Vector evens(const float *from) {
+  const Vector a = load(from), b = load(from + kLanes - 1);
 #if defined(__clang__)
-  if constexpr (kLanes == 4) return __builtin_shufflevector(a, b, 0, 2, 4, 6);
-  if constexpr (kLanes == 8) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  if constexpr (kLanes == 4) return __builtin_shufflevector(a, b, 0, 2, 5, 7);
+  if constexpr (kLanes == 8) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 9, 11, 13, 15);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
 #else
   return __builtin_shuffle(a, b, places_at(kPlaces.evens));
 #endif
