@@ -328,6 +328,55 @@ def test_large_factors_are_multiplied_at_once() -> None:
         assert len(found._products) == products
 
 
+@pytest.mark.parametrize("growth_init", ["zeros", "gradient"])
+def test_growth_keeps_the_largest_gradients_only(growth_init: str) -> None:
+    """After a step of one backward pass; as in the same training of whole weights, also where most gradients are 0."""
+    pair = [made(RigL(interval=2, growth_init=growth_init), compressed=c) for c in (True, False)]
+    for model in pair:
+        with torch.no_grad():
+            model.head.bias[1:] = -50.0  # and so the gradients of their weights are 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        model.updater.attach(optimizer, total_steps=20)
+        train(model, optimizer, range(1))
+        train(model, optimizer, range(1, 2), each=_look)
+        train(model, optimizer, range(2, 9))
+    assert_same(*pair)
+
+
+def _look(model: nn.Module) -> None:
+    """Look at what is held, if anything, before the step of the optimizer."""
+    for name in ("second", "twice"):  # `twice` has two passes a step
+        mask = model.get_submodule(name).weight_mask.mask
+        if found := pending(mask):
+            held = sum(t.numel() for t in found.tensors())
+            assert held == 4 * mask.sum() if name == "second" else held >= mask.numel()
+
+
+@pytest.mark.filterwarnings("ignore:1 topology updates:UserWarning")
+def test_an_update_after_unforeseen_passes_is_skipped() -> None:
+    model = made(RigL(interval=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.updater.attach(optimizer, total_steps=20)
+    train(model, optimizer, range(1))
+    before = model.first.weight_mask.mask.clone()
+
+    def twice(model: nn.Module) -> None:
+        F.cross_entropy(model(batch(9)[0]), batch(9)[1]).backward()
+
+    with pytest.warns(UserWarning, match="several backward passes"):
+        train(model, optimizer, range(1, 2), each=twice)
+    assert torch.equal(model.first.weight_mask.mask, before)
+    assert int(model.updater.skipped) == 1
+    whole = made(RigL(interval=2), compressed=False)
+    other = torch.optim.SGD(whole.parameters(), lr=0.05)
+    whole.load_state_dict(model.state_dict())
+    whole.updater.attach(other, total_steps=20)
+    train(model, optimizer, range(2, 8), each=twice)  # every step is known to have two now
+    train(whole, other, range(2, 8), each=twice)
+    assert not torch.equal(model.first.weight_mask.mask, before)
+    assert_same(model, whole)
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no masks": (lambda: compress(Net()), ValueError, "no masks"),
     "dense": (lambda: compress(sparsify(Net(), 1.0)), ValueError, "density is 0.5 or more"),

@@ -19,9 +19,10 @@ from sparsify import load_checkpoint, load_sparse, read_sparse, save_sparse
 def test_training_that_is_killed_again_and_again(tmp_path: Path) -> None:
     """Checkpoints after every step: a kill loses the step it hits, and the end is bit for bit that of an unbroken run."""
     method, path, end = TABLE["rigl-sm"], tmp_path / "run.pt", tmp_path / "end.pt"
+    began = time.monotonic()
     whole, _ = ranks.train_saving(method, tmp_path / "whole.pt", None)
-    moments, kills, done = random.Random(0), 0, 0
-    while killed(ranks.train_saving, (method, path, end), path, moments.uniform(0, 0.6)):
+    most, moments, kills, done = (time.monotonic() - began) / 4, random.Random(0), 0, 0
+    while killed(ranks.train_saving, (method, path, end), path, moments.uniform(0, most)):
         kills += 1
         saved = torch.load(path, weights_only=True)["step"] if path.exists() else 0
         assert saved > done

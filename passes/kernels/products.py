@@ -15,7 +15,7 @@ from torch import Tensor
 
 from passes.kernels.cache import as_images, format_of, prepared
 from passes.kernels.compiler import native
-from passes.kernels.pending import begin, pending_or_new
+from passes.kernels.pending import begin, count_pass, pending_or_new
 from passes.kernels.values import expand, gather, is_compressed
 from passes.kernels.windows import Window, with_pixels
 
@@ -112,12 +112,14 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, *r
     x = x.contiguous(memory_format=format_of(x))
     grad, weight = grad.contiguous(memory_format=format_of(x)), _dense(weight)
     library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
+    if is_compressed(weight, mask) and wanted[1]:
+        count_pass(mask)
     if is_compressed(weight, mask) and dense_gradient and wanted[1]:
         product = functools.partial(_gradient_of_whole, grad, x, mask.shape, numbers)
         if wanted[0]:
-            pending_or_new(mask).add_product(product, x, grad)
+            pending_or_new(mask).add_product(product, (x, grad), mask)
         else:  # what somebody fills anew for every batch
-            pending_or_new(mask).add(product())
+            pending_or_new(mask).add(product(), mask)
         dense_gradient = False
     sparse = (wanted[0] and library, wanted[1] and library and not dense_gradient)
     left = [bool(needed and not done) for needed, done in zip(wanted, sparse, strict=True)]

@@ -70,7 +70,7 @@ def _fake(values: Tensor, mask: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "whole_backward", "CPU")
 def _whole_backward(grad: Tensor, mask: Tensor, values: Tensor) -> Tensor:
-    pending_or_new(mask).add(grad)
+    pending_or_new(mask).add(grad.clone(), mask)
     return gather(grad, mask)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.checks import check_between, check_whole, resolve
 from sparsify.methods import schedules, scores
 from sparsify.methods.how_many import Plan, steady
+from sparsify.methods.initial_values import GROWTH_INITS
 from sparsify.methods.layouts import ELEMENTS, Layout
 from sparsify.methods.scores import LayerState, Score
 
@@ -105,6 +106,14 @@ class Method:
     def updates_after(self, step: int, total_steps: int) -> int:
         """Count the updates that are to come after a step; none where the steps of the run are not known."""
         return sum(t > step for t in self.updates.steps(total_steps)) if self.updates and total_steps else 0
+
+    def looks_at_largest(self) -> bool:
+        """Whether of the gradients of a layer's dropped weights only the largest matter, as many as it keeps."""
+        updates = self.updates
+        if updates is None or not updates.replaces_step() or updates.momentum is not None or self.layout is not ELEMENTS:
+            return False
+        scored = updates.drop_score is scores.weight and updates.growth_score is scores.gradient
+        return scored and updates.plan is steady and updates.growth_init in GROWTH_INITS.values()
 
     def counts_vary(self) -> bool:
         """Whether an update may change how many weights a layer keeps."""

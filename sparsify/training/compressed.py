@@ -5,18 +5,54 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from passes.kernels.pending import like_values, pending
 from passes.kernels.values import expand, gather
 from passes.shards import Deferred
+from sparsify.methods.selection import select
 from sparsify.training.change import Bound
 
 _CHANGED = (
     "The gradient of {} was changed after the backward pass, by more than a factor. Its parameter is compressed: which weights "
     "grow goes by the gradient as the backward pass found it."
 )
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Of the gradient of a weight, what belongs to kept weights, and the largest of the others, as many as are kept.
+
+    Attributes:
+        shape: of the weight.
+        places: int32 or int64, in the flat weight.
+        values: as many.
+    """
+
+    shape: torch.Size
+    places: Tensor
+    values: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is held."""
+        return [self.places, self.values]
+
+    def whole(self) -> Tensor:
+        """Return a gradient that is 0 elsewhere."""
+        flat = self.values.new_zeros(self.shape.numel())
+        return flat.index_copy_(0, self.places.long(), self.values).view(self.shape)
+
+
+def largest(gradient: Tensor, mask: Tensor) -> Largest:
+    """Return what an update sees of a gradient that looks at its largest values; where it is not finite, that it is not."""
+    if not gradient.isfinite().all():
+        gradient = torch.full_like(gradient, torch.nan).where(mask, 0)
+    kept = int(mask.sum())
+    chosen = select(gradient, min(kept, mask.numel() - kept), ~mask).logical_or_(mask)
+    places = chosen.flatten().nonzero().squeeze(1)
+    return Largest(mask.shape, places.int() if mask.numel() < 2**31 else places, gradient.flatten()[places])
 
 
 @dataclass(frozen=True)

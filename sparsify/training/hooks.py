@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from passes.kernels.pending import forget
+from passes.kernels.pending import end_step, forget, keep
 from passes.masking.mask import masks_of, trace_of
 from passes.masking.zeros import zero_dropped_
 from sparsify.methods.scores import LayerState
@@ -15,7 +15,7 @@ from sparsify.training import optimizers as opt
 from sparsify.training import ranks
 from sparsify.training.base import UpdaterBase
 from sparsify.training.change import Bound, observe, update_layers
-from sparsify.training.compressed import WholeGradient, WholeWeight, gather_state, with_whole_state
+from sparsify.training.compressed import WholeGradient, WholeWeight, gather_state, largest, with_whole_state
 from sparsify.training.conditions import check_bound
 
 _EVERY = 100  # steps between looks at gradients, where looking does not wait for the device
@@ -111,8 +111,11 @@ class OptimizerHooks:
         self._set_dense_gradients(self._dense_at(self.step + 1))
 
     def _set_dense_gradients(self, dense: bool) -> None:
+        summary = largest if self.updater.method.looks_at_largest() and not self.updater.trains_with_others() else None
         for b in self.bound:
             b.mask.dense_gradient = dense
+            if b.mask.compressed:
+                keep(b.mask.mask, summary)
             if not dense:
                 forget(b.mask.mask)
 
@@ -167,6 +170,9 @@ class OptimizerHooks:
                 self._update(step)
         self._traces = [trace_of(b.weight) for b in self._whole]
         self._fresh = False
+        for b in self.bound:
+            if b.mask.compressed:
+                end_step(b.mask.mask)
         if changes:
             opt.forget_history(optimizer)
         if self._dense_at(step + 1) != self._dense_at(step):
