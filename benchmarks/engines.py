@@ -1,9 +1,10 @@
 """Inference: a lowered sparse network against the engines that people use, side by side.
 
-Every round runs every engine in an order that turns from round to round; what takes less than half a second runs for 20 ms before
-the run that counts: on a virtual machine a thread that is woken may share a core with another one until the clock ticks. A row takes as many rounds as fit into its time, three at least. Everything is float32 on as many threads as
-torch has, but for one column: OpenVINO in the number format that it chooses itself. DeepSparse runs in an environment of its
-own, `.venv-deepsparse`, and answers over a pipe. ONNX files hold the folded model with its zeros.
+Every round runs every engine in an order that turns from round to round; what takes less than half a second runs for 20 ms
+before the run that counts: on a virtual machine a thread that is woken may share a core with another until the clock ticks. A
+row takes as many rounds as fit into its time, three at least. Everything is float32 on as many threads as torch has, but for
+one column: OpenVINO in the number format that it chooses itself. DeepSparse runs in an environment of its own,
+`.venv-deepsparse`, and answers over a pipe. ONNX files hold the folded model with its zeros.
 """
 
 import argparse
