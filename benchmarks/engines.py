@@ -110,6 +110,7 @@ def engines(model: nn.Module, x: Tensor, peers: bool) -> Iterator[dict[str, Call
     if x.dim() == 4:
         last, x_last = (t.to(memory_format=torch.channels_last) for t in (fold(model).eval(), x))
         calls["channels last"] = lambda: last(x_last)
+    torch._inductor.config.compile_threads = 1  # workers would take cores from what is timed
     compiled = torch.compile(fold(model).eval(), options={"freezing": True})
     calls["compiled"] = lambda: compiled(x)
     if x.dim() == 2:
