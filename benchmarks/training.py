@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from networks import WideResNet22  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
-HEADING = "## Training: kept weights only against dense"
+HEADING = "## Training: kept weights only against dense"  # a section for each kind of vectors
 LEAST = 3  # rounds
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}  # glibc reads them when a process starts
 Step = Callable[[], None]
@@ -260,7 +260,8 @@ def main() -> None:
         "rounds",
     ]
     facts = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    text = f"{HEADING}\n\nHow many times as long dense steps take; {facts}.\n\n"
+    heading = f"{HEADING}, {torch.backends.cpu.get_cpu_capability()}"
+    text = f"{heading}\n\nHow many times as long dense steps take; {facts}.\n\n"
     text += f"{tabulate(rows, heads, 'github', disable_numparse=True)}\n\n"
     text += (
         "Bytes of weights, gradients and Adam's state with `compress`, relative to dense: after a step, at most in the step "
@@ -275,7 +276,7 @@ def main() -> None:
     text += "\n\n" + "\n\n".join(profiles) + "\n"
     print(text)
     if args.write:
-        write_section(RESULTS, HEADING, text)
+        write_section(RESULTS, heading, text)
 
 
 if __name__ == "__main__":
