@@ -25,9 +25,9 @@ class TrainingCycles:
 def training_cycles(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...], kept: int, window: Window) -> TrainingCycles:
     """Return what a layer and its gradients take, by a model fitted to layers of ResNet-50 and WRN-22-2, and linear ones.
 
-    Dense, two vectors of products take 1.2, a number read or written 0.6, and a weight 2 besides; to mask a weight and its
-    gradient takes 1.4. With kept weights only, one vector takes 1.2, a number 1.8, since it is copied, a weight 1.5, and a kept
-    one 25 besides, since it is looked up. Calls are of three operators, or twice as many to mask, and Python between them.
+    Dense, a vector of products takes 2, a number read or written 6.2, since torch goes over it several times, and a weight
+    3.2 besides; to mask a weight and its gradient takes 1.5. With kept weights only, a vector takes 4.5, a number 2.6, a weight
+    1.6, and a kept one 37 besides, since it is looked up. Calls are of three operators, or twice as many to mask, with Python.
 
     Args:
         lanes: numbers in a vector of the native loops; 0 where there are none.
@@ -39,6 +39,6 @@ def training_cycles(lanes: int, shape: tuple[int, ...], weight: tuple[int, ...],
     images, outputs, rows, columns = window.out(shape, with_pixels(weight))
     pixels, numbers, size = images * rows * columns, math.prod(shape) + images * outputs * rows * columns, math.prod(weight)
     share = 1.0 if window.groups == 1 else 0.25  # of torch's speed that groups leave
-    dense = 0.6 * size * pixels / max(lanes, 1) / share + 0.6 * numbers + 2 * size + 3 * CALL
-    sparse = 1.2 * kept * pixels / lanes + 1.8 * numbers + 25 * kept + 1.5 * size + 12 * CALL if lanes else math.inf
-    return TrainingCycles(dense, dense + 1.4 * size + 3 * CALL, sparse)
+    dense = 2 * size * pixels / max(lanes, 1) / share + 6.2 * numbers + 3.2 * size + 3 * CALL
+    sparse = 4.5 * kept * pixels / lanes + 2.6 * numbers + 37 * kept + 1.6 * size + 12 * CALL if lanes else math.inf
+    return TrainingCycles(dense, dense + 1.5 * size + 3 * CALL, sparse)

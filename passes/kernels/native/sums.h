@@ -51,6 +51,8 @@ struct Piece {
   static int64_t count(const Sum &s) { return bands(s) * ((s.images + s.together - 1) / s.together); }
 };
 
+constexpr int64_t kAhead = 3;  // channels that copies ask for before they come to them
+
 // Copy numbers that are `step` apart. What lies `ahead` of what is far away, which is read or else `Written`, is asked for.
 template <bool Written = false>
 void copy_run(const float *from, int64_t step, float *to, int64_t count, int64_t ahead = 0) {
@@ -89,7 +91,7 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
       float *plane = planes + phase * s.distance + s.lead + i * s.height * s.pitch;
       for (int64_t c = 0; c < (last ? 1 : s.channels); ++c, plane += s.phases * s.distance, image += s.source_channel) {
         if (one_run && top == 0 && p.row + bottom <= high) {
-          copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1), s.source_channel);
+          copy_run(image + p.row * wide, 1, plane, (bottom - 1) * wide + width(p.row + bottom - 1), kAhead * s.source_channel);
           continue;
         }
         const int64_t first = std::min(std::max(top, -p.row), bottom), end = std::max(std::min(bottom, high - p.row), first);
@@ -105,7 +107,7 @@ inline void pack(const Sum &s, const Piece &p, const float *source, float *plane
           if (last)
             transpose(from, step, width(p.row + y), s.channels, to, s.phases * s.distance);
           else
-            copy_run(from, step, to, width(p.row + y), s.source_channel);
+            copy_run(from, step, to, width(p.row + y), kAhead * s.source_channel);
         }
         clear(end, bottom);
       }
@@ -155,9 +157,9 @@ void exchange(const Sum &s, const Piece &p, float *target, float *tile, int64_t 
       else if (last)
         transpose(to, step, run.count, outputs, from, stride);
       else if (!Out)
-        copy_run(to, step, from, run.count, s.target_channel);
+        copy_run(to, step, from, run.count, kAhead * s.target_channel);
       else if (step == 1)
-        copy_run<true>(from, 1, to, run.count, s.target_channel);
+        copy_run<true>(from, 1, to, run.count, kAhead * s.target_channel);
       else
         for (int64_t x = 0; x < run.count; ++x) to[x * step] = from[x];
     }
