@@ -20,6 +20,7 @@ from test_lowering import give_statistics
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
 from passes.lowering.interpret import interpret
 from passes.lowering.lower import left_in_torch
@@ -520,7 +521,8 @@ def test_what_is_overwritten_is_read_before() -> None:
 
 
 def test_kernels_are_chosen_by_density() -> None:
-    for density, kernel in ((0.1, "sparse"), (0.2, "sparse"), (0.9, "shared"), (1.0, "shared")):
+    some = "shared" if lanes() == 16 else "sparse"  # sixteen numbers cross lines of the cache: what is read once is worth more
+    for density, kernel in ((0.1, "sparse"), (0.2, "sparse"), (0.4, some), (0.9, "shared"), (1.0, "shared")):
         torch.manual_seed(0)
         x = torch.randn(1, 64, 20, 20)
         (plan,) = plans(assert_lowered(thin(nn.Sequential(conv(64, 64, 3)), density), x), x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from passes.kernels.compiler import native_for, threads
+from passes.kernels.windows import Window
 
 _LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 _LIBRARY.define("max_pool(Tensor x, int[] kernel, int[] stride, int[] padding) -> (Tensor, Tensor)")
@@ -30,8 +31,8 @@ class _MaxPool(ctypes.Structure):
 
 def _out(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
     """Return the shape of what is pooled from a tensor of this shape."""
-    sizes = zip(shape[2:], kernel, stride, padding, strict=True)
-    return [*shape[:2], *((size + 2 * around - window) // step + 1 for size, window, step, around in sizes)]
+    window = Window((stride[0], stride[1]), (padding[0], padding[1]))
+    return list(window.out(shape, (shape[1], 1, *kernel)))
 
 
 def _max_pool(shape: Sequence[int], *sides: Sequence[int]) -> Any:

@@ -112,9 +112,10 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, *r
     x = x.contiguous(memory_format=format_of(x))
     grad, weight = grad.contiguous(memory_format=format_of(x)), _dense(weight)
     library, of_x, of_weight = native(), x.new_empty(0), x.new_empty(0)
-    if is_compressed(weight, mask) and wanted[1]:
+    compressed = wanted[1] and is_compressed(weight, mask)
+    if compressed:
         count_pass(mask)
-    if is_compressed(weight, mask) and dense_gradient and wanted[1]:
+    if compressed and dense_gradient:
         product = functools.partial(_gradient_of_whole, grad, x, mask.shape, numbers)
         if wanted[0]:
             pending_or_new(mask).add_product(product, (x, grad), mask)

@@ -19,12 +19,12 @@ struct Sums {
       Vector weight[Group];
       UNROLLED for (int r = 0; r < Group; ++r) weight[r] = splat(weights[r]);
       UNROLLED for (int v = 0; v < Size; ++v) {
-        const Vector x = Group > 1 ? held(load(pixels + v * kLanes)) : load(pixels + v * kLanes);
+        const Vector x = load_for<Group>(pixels + v * kLanes);
         UNROLLED for (int r = 0; r < Group; ++r) values[r][v] += weight[r] * x;
       }
     } else {
       Vector x[Size];
-      UNROLLED for (int v = 0; v < Size; ++v) x[v] = held(load(pixels + v * kLanes));
+      UNROLLED for (int v = 0; v < Size; ++v) x[v] = load_for<Group>(pixels + v * kLanes);
       UNROLLED for (int r = 0; r < Group; ++r) {
         const Vector weight = splat(weights[r]);
         UNROLLED for (int v = 0; v < Size; ++v) values[r][v] += weight * x[v];

@@ -47,7 +47,7 @@ void largest_of(const MaxPool &p, const float *x, float *y, uint8_t *chosen, std
 
 inline void max_pool_forward(const MaxPool &p, const float *x, float *y, uint8_t *chosen, int32_t threads) {
   const int64_t wide = (p.out_columns + kLanes - 1) / kLanes * kLanes, pixels = p.out_rows * p.out_columns;
-  const auto pool = p.stride[1] == 1 ? &largest_of<1> : p.stride[1] == 2 ? &largest_of<2> : &largest_of<0>;
+  const auto pool = by_stride(p.stride[1], [](auto stride) { return &largest_of<stride>; });
   in_team(threads, [&](int64_t thread, int64_t team) {
     std::vector<float> line(std::max(p.columns + p.padding[1], (wide + kLanes) * p.stride[1] + p.kernel[1]), -INFINITY), most(wide);
     std::vector<int32_t> taps(wide);

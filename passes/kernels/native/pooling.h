@@ -22,6 +22,13 @@ Vector load_strided(const float *from, int64_t stride) {
   return found;
 }
 
+// What a function returns for a stride of 1 or 2, as a constant, or for 0, which is any other.
+template <typename Function>
+auto by_stride(int64_t stride, Function function) {
+  if (stride == 1) return function(std::integral_constant<int, 1>());
+  return stride == 2 ? function(std::integral_constant<int, 2>()) : function(std::integral_constant<int, 0>());
+}
+
 // Pool a plane; `line` holds a row with its padding, which is -inf.
 template <int Stride>
 void pool_plane(const Step &step, const float *source, float *plane, float *line) {
@@ -50,7 +57,7 @@ inline void pool_planes(const Step &step, float *arena, int64_t begin, int64_t e
   const int32_t *w = step.window;
   const int64_t reach = (step.columns + kLanes) * w[5] + w[4] * w[7];
   std::vector<float> line(std::max(step.source_columns + w[6], reach) + 2 * kLanes, -INFINITY);
-  const auto pool = w[5] == 1 ? &pool_plane<1> : w[5] == 2 ? &pool_plane<2> : &pool_plane<0>;
+  const auto pool = by_stride(w[5], [](auto stride) { return &pool_plane<stride>; });
   for (int64_t c = begin; c < end; ++c) pool(step, arena + step.source[c], arena + step.target[c], line.data());
 }
 

@@ -202,7 +202,7 @@ std::array<Vector, Weights * Group> products(const float *gradients, int64_t str
     Vector gradient[Group];
     UNROLLED for (int r = 0; r < Group; ++r) gradient[r] = load(gradients + r * stride + at);
     UNROLLED for (int w = 0; w < Weights; ++w) {
-      const Vector x = load(pixels + offsets[w] + at);
+      const Vector x = load_for<Group>(pixels + offsets[w] + at);
       UNROLLED for (int r = 0; r < Group; ++r) own[w * Group + r] += gradient[r] * x;
     }
   };

@@ -47,12 +47,14 @@ inline Vector splat(float value) { return value - Vector{}; }
 inline Vector larger(Vector a, Vector b) { return a < b ? b : a; }  // NaN in a stays
 inline Vector smaller(Vector a, Vector b) { return a > b ? b : a; }
 
-// A vector that stays in a register: GCC reads from memory once more for every product that takes what was loaded.
-inline Vector held(Vector value) {
+// A vector that so many products take. It stays in a register then: GCC would read it from memory once more for every product.
+template <int Products>
+Vector load_for(const float *from) {
+  Vector value = load(from);
 #if defined(__x86_64__) && !defined(EMULATED)  // vectors that the processor does not have are in several registers
-  asm("" : "+v"(value));
+  if constexpr (Products > 1) asm("" : "+v"(value));
 #elif defined(__aarch64__)
-  asm("" : "+w"(value));
+  if constexpr (Products > 1) asm("" : "+w"(value));
 #endif
   return value;
 }
