@@ -157,8 +157,12 @@ int run_rest(int32_t threads) {
   sparsify_zero_dropped(values.data(), mask.data(), static_cast<int64_t>(values.size()), 4, threads);
   wrong += values.back() != 0.f;
   std::vector<uint8_t> chosen(values.size());
-  std::vector<int64_t> places(values.size());
-  wrong += sparsify_split(values.data(), mask.data(), static_cast<int64_t>(values.size()), 0, -1.f, 1.f, chosen.data(), places.data()) != 0;
+  std::vector<float> scores(values.size());
+  std::iota(scores.begin(), scores.end(), -20000.f);
+  for (const int32_t lowest : {0, 1}) {
+    sparsify_select(scores.data(), mask.data(), 100000, 1000, 0, lowest, chosen.data(), threads);
+    wrong += std::count(chosen.begin(), chosen.end(), 1) != 1000 || !chosen[lowest ? 20499 : 99000] || chosen[lowest ? 20501 : 98999];
+  }
   std::vector<int32_t> numbers(values.size()), starts(values.size() + 1), tables[4];
   std::iota(numbers.begin(), numbers.end(), 0);
   for (auto &table : tables) table.resize(values.size() + 1);

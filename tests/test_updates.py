@@ -12,7 +12,7 @@ from models import SmallNet
 from torch import Tensor, nn
 
 from sparsify import SNFS, RigL, Static, sparsify
-from sparsify.methods.selection import _select_on_cpu, _select_on_device, drop_and_grow, select
+from sparsify.methods.selection import _select_by_numpy, _select_on_device, drop_and_grow, select
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 10
@@ -62,7 +62,8 @@ def test_select_on_every_path(n: int, levels: int, share: float, part: float, se
     expected = reference(scores, k, among)
     assert torch.equal(select(scores, k, among), expected)
     if k:
-        assert torch.equal(_select_on_device(scores, k, among), expected)
+        assert torch.equal(_select_on_device(scores, k, among, False), expected)
+        assert torch.equal(_select_by_numpy(scores, k, among, False), expected)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
@@ -76,11 +77,23 @@ def test_select_on_large_layers(n: int, dtype: torch.dtype, zeros: float) -> Non
     among = torch.rand(n, generator=generator) < 0.5
     for k in (1, n // 100, int(among.sum())):
         for lowest in (False, True):
-            cpu, device = (f(tensor, k, among, lowest) for f in (_select_on_cpu, _select_on_device))
-            assert torch.equal(cpu, device)
-            apart = torch.stack([tensor, tensor], 1)[:, 0]  # numbers that do not touch are left to numpy
-            assert torch.equal(_select_on_cpu(apart, k, among, lowest), device)
-        assert int(cpu.sum()) == k
+            cpu, *others = (f(tensor, k, among, lowest) for f in (select, _select_by_numpy, _select_on_device))
+            assert all(torch.equal(cpu, other) for other in others)
+            apart = torch.stack([tensor, tensor], 1)[:, 0]  # numbers that do not touch
+            assert torch.equal(select(apart, k, among, lowest), cpu)
+            assert int(cpu.sum()) == k
+
+
+@pytest.mark.parametrize("among_sample", [True, False])
+@pytest.mark.parametrize("high", [True, False])
+def test_select_where_the_sample_misleads(high: bool, among_sample: bool) -> None:
+    """What is sampled, every 68th of 314,432 = 68^3 or rather every 69th, is unlike the rest: higher, lower, or not allowed."""
+    n = 68**3
+    sampled = torch.arange(n) % 69 == 0
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(0)) + sampled * (10.0 if high else -10.0)
+    among = torch.ones(n, dtype=torch.bool) if among_sample else ~sampled
+    for k in (1000, n // 2):
+        assert torch.equal(select(scores, k, among), _select_on_device(scores, k, among, False))
 
 
 def train(model: nn.Module, optimizers: list, steps: int, check: object = None) -> None:

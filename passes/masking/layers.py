@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.capture.host import Host, container_methods, masked, run_reading
-from passes.capture.leaves import is_builtin
 from passes.masking.mask import PRODUCT
 from passes.masking.products import sparse_layer
 
@@ -38,9 +37,11 @@ def _linear(self: Any, input: Tensor) -> Tensor:
 def _convolution(self: Any, input: Tensor) -> Tensor:
     if (result := sparse_layer(self, input)) is not None:
         return result
-    role = PRODUCT if is_builtin(self) else None  # else _conv_forward may be the user's
+    role = PRODUCT if getattr(self._conv_forward, "__func__", None) in _PRODUCTS else None  # else it is the user's
     return self._conv_forward(input, masked(self, "weight", role), masked(self, "bias"))
 
+
+_PRODUCTS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 # What runs without reading anything by its attribute: the forward methods of most weights, and what stands for them.
 _DIRECT: dict[Any, Callable[..., Any]] = {

@@ -1,11 +1,7 @@
 """Change: one change of topology, of several layers and of what their optimizer keeps for them."""
 
-import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +11,6 @@ from passes.masking.compressed import spread
 from passes.masking.mask import Mask
 from passes.masking.zeros import zero_dropped_
 from passes.shards import is_sharded, local, own_part, whole
-from sparsify.methods.layouts import ELEMENTS
 from sparsify.methods.method import Method, Updates
 from sparsify.methods.scores import LayerState, evaluate
 from sparsify.training import optimizers as opt
@@ -83,8 +78,9 @@ def update_layers(
         raise ValueError(f"Method {method.name!r} changes a layer's count; its Updates need counts_vary=True.")
     changes = [Change(b, state, *counts) for (b, state), counts in zip(layers, plan, strict=True) if any(counts)]
     begins = opt.first_states(optimizer) if any(change.grow for change in changes) else {}
-    for change, mask in zip(changes, _decide_all(method, changes), strict=True):
-        _apply(method, optimizer, begins.get(change.bound.weight, {}), finite, change, mask)
+    masks = [_decide(method, change) for change in changes]  # all of them, before any layer changes
+    for change, mask in zip(changes, masks, strict=True):
+        _apply(method, optimizer, begins.get(change.bound.weight, {}), None if host_knows else finite, change, mask)
     return True
 
 
@@ -116,49 +112,30 @@ def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
-def _decide_all(method: Method, changes: Sequence[Change]) -> list[Tensor]:
-    """Return the masks that layers are to have, before any of them changes.
-
-    Scores, which may be anybody's functions and draw random numbers, are evaluated here, largest layer first. On the CPU numpy
-    selects side by side meanwhile; torch has threads of its own, and waits for devices and for other ranks.
-    """
-    order = sorted(range(len(changes)), key=lambda i: -changes[i].state.mask.numel())
-    aside = method.layout is ELEMENTS and all(c.bound.is_plain for c in changes)
-    run = _workers(os.getpid()).submit if aside else _at_once
-    found = {i: run(method.layout.exchange, *_scores(method, changes[i])) for i in order}
-    return [found[i].result() for i in range(len(changes))]
-
-
-def _at_once(function: Callable[..., Tensor], *args: Any) -> Future[Tensor]:
-    future = Future()
-    future.set_result(function(*args))
-    return future
-
-
-@functools.cache
-def _workers(process: int) -> ThreadPoolExecutor:
-    """The threads of this process, kept: starting them anew costs as much as an update. A fork gets its own."""
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="sparsify-update")
-
-
 @torch.no_grad()
-def _scores(method: Method, change: Change) -> tuple[LayerState, Tensor, Tensor | None, int, int]:
+def _decide(method: Method, change: Change) -> Tensor:
+    """Return the mask that a layer is to have. Scores may be anybody's functions, and draw random numbers."""
     updates, state = method.updates, change.state
     assert updates is not None
     leaving = evaluate(updates.drop_score, state)
     coming = evaluate(updates.growth_score, state, growing=True) if change.grow else None
-    return state, leaving.detach(), None if coming is None else coming.detach(), change.drop, change.grow
+    coming = None if coming is None else coming.detach()
+    return method.layout.exchange(state, leaving.detach(), coming, change.drop, change.grow)
 
 
 @torch.no_grad()
 def _apply(
-    method: Method, optimizer: Optimizer, begins: Mapping[str, float], finite: Tensor, change: Change, new: Tensor
+    method: Method, optimizer: Optimizer, begins: Mapping[str, float], finite: Tensor | None, change: Change, new: Tensor
 ) -> None:
-    """Update one mask; then weight and optimizer state wherever it changed: new weights begin as they do in the optimizer."""
+    """Update one mask, if all is finite, which the host may know; then weight and optimizer state wherever it changed.
+
+    New weights begin as they do in the optimizer.
+    """
     updates, state, mask, weight = method.updates, change.state, change.bound.mask, change.bound.weight
     assert updates is not None
     changed = mask.mask.logical_xor(new)
-    changed.view(torch.uint8).mul_(finite.to(new.device))  # a broadcast `logical_and_` is 25 times slower on the CPU
+    if finite is not None:
+        changed.logical_and_(finite.to(new.device))
     grown = updates.growth_init(state.gathered()).to(weight.dtype) if updates.growth_init and change.grow else None
     kept, before = list(opt.state_tensors(optimizer, weight)), mask.mask.clone() if mask.compressed else mask.mask
     mask.mask.logical_xor_(changed)

@@ -37,10 +37,10 @@ void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int
   if (width == 8) zero<uint64_t>(values, mask, count, threads);
 }
 
-// Find what is selected of scores, and candidates: see selection.h. Returns how many candidates.
-int64_t sparsify_split(const float *scores, const uint8_t *among, int64_t count, int32_t lowest, float low, float high,
-                       uint8_t *chosen, int64_t *positions) {
-  return (lowest ? split<true> : split<false>)(scores, among, count, low, high, chosen, positions);
+// Select the k highest, or lowest, of scores by their size, where the mask is `value`: see selection.h.
+void sparsify_select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, int32_t value, int32_t lowest,
+                     uint8_t *chosen, int32_t threads) {
+  (lowest ? select<true> : select<false>)(scores, mask, count, k, static_cast<uint8_t>(value), chosen, threads);
 }
 
 // Find the order of kept weights: see order.h.
