@@ -1,6 +1,7 @@
 """What others write to weights, gradients and optimizer state: dropped weights stay 0 after every step all the same."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from passes.masking.zeros import has_stray
 from sparsify import GMP, SNFS, RigL, Static, sparsify
 
 
@@ -21,6 +23,23 @@ def assert_masked(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for name, mask in model.updater.masks.items():
         for value in optimizer.state[model.get_parameter(name)].values():
             assert not isinstance(value, Tensor) or value.shape != mask.shape or not value[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 11, 3, 3), (257, 401)])
+@pytest.mark.parametrize(
+    ("stray", "found"), [(0.0, False), (-0.0, False), (math.nan, False), (math.inf, False), (1e-40, True), (-3.0, True)]
+)
+def test_has_stray(stray: float, found: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of the first, the last or a transposed weight; kept weights may be anything."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    for at in (0, -1):
+        mask.view(-1)[at] = False
+        gradient = torch.where(mask, 2.0, 0.0).to(dtype)
+        gradient.view(-1)[at] = stray
+        assert has_stray(gradient, mask).item() is found
+        assert has_stray(gradient.transpose(0, 1), mask.transpose(0, 1)).item() is found
+        assert has_stray(gradient.transpose(0, 1), mask.transpose(0, 1).contiguous()).item() is found
 
 
 # Optimizer state from elsewhere

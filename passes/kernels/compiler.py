@@ -133,6 +133,7 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
         ("zero_dropped", None, (pointer, pointer, long, integer, integer)),
+        ("has_stray", integer, (pointer, pointer, long, integer)),
         ("select", None, (pointer, pointer, long, long, integer, integer, pointer, integer)),
         ("order", None, (pointer, integer)),
         ("plan", pointer, (pointer, long, long, long)),

@@ -56,13 +56,36 @@ def zero_dropped(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(tensor.indices(), values, tensor.shape, check_invariants=False, is_coalesced=True)
 
 
+def has_stray(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return whether a tensor is not 0 somewhere where `mask` is False, as a bool on its device; NaN and inf say nothing.
+
+    Args:
+        tensor: floating point, any shape; of a sharded one, the part of this rank is looked at.
+        mask: bool, the same shape, whole.
+    """
+    own, mask = local(tensor), own_part(mask, tensor)
+    if own.dtype is torch.float32 and _lie_alike(own, mask) and (library := _native_for(own, mask)):
+        return torch.tensor(bool(library.sparsify_has_stray(own.data_ptr(), mask.data_ptr(), own.numel(), threads())))
+    return own[own.ne(0).gt(mask)].isfinite().any()  # few, as a rule
+
+
+def _lie_alike(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether both fill the same places of memory that is the CPU's."""
+    if not tensor.is_cpu or tensor.stride() != mask.stride() or is_legacy_batchedtensor(tensor):
+        return False
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def _native_for(tensor: Tensor, mask: Tensor) -> Any:
+    return native() if is_plain(tensor) and is_plain(mask) else None
+
+
 def _mask_bits_(tensor: Tensor, mask: Tensor) -> bool:
     """Multiply the bits of a tensor by a mask if both lie alike in memory; return whether they do."""
-    alike = tensor.is_cpu and tensor.stride() == mask.stride() and not is_legacy_batchedtensor(tensor)
-    integer = _INTEGERS.get(tensor.dtype) if alike else None
-    if integer is None or not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
+    integer = _INTEGERS.get(tensor.dtype)
+    if integer is None or not _lie_alike(tensor, mask):
         return False
-    if is_plain(tensor) and is_plain(mask) and (library := native()):
+    if library := _native_for(tensor, mask):
         library.sparsify_zero_dropped(tensor.data_ptr(), mask.data_ptr(), tensor.numel(), tensor.element_size(), threads())
         if not tensor.is_inference():
             increment_version(tensor)

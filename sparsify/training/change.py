@@ -29,12 +29,6 @@ class Bound:
         """Whether the weight is all here, in the memory of the CPU."""
         return self.mask.mask.is_cpu and not is_sharded(self.weight) and not self.mask.compressed
 
-    def has_stray(self, gradient: Tensor) -> Tensor:
-        """Whether a gradient is not 0 somewhere where the weight is dropped, on the device; NaN and inf say nothing."""
-        own = local(gradient)
-        strays = own[own.ne(0).gt(own_part(self.mask.mask, gradient))]  # none, as a rule
-        return strays.isfinite().any()
-
 
 @dataclass(frozen=True)
 class Change:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from passes.kernels.pending import end_step, forget, keep
 from passes.masking.mask import masks_of, trace_of
-from passes.masking.zeros import zero_dropped_
+from passes.masking.zeros import has_stray, zero_dropped_
 from sparsify.methods.scores import LayerState
 from sparsify.training import optimizers as opt
 from sparsify.training import ranks
@@ -93,7 +93,9 @@ class OptimizerHooks:
             return
         if self._looked and self.updater.trains_with_others():
             ranks.check_drift(seen)
-        strays = torch.stack([b.has_stray(gradient).to(seen[0][1].device) for b, gradient in seen]).tolist()  # waits once
+        strays = torch.stack(
+            [has_stray(gradient, b.mask.mask).to(seen[0][1].device) for b, gradient in seen]
+        ).tolist()  # waits once
         self._moved += [b for (b, _), stray in zip(seen, strays, strict=True) if stray]
         self._looked = True
         _mask([b for b, _ in seen])

@@ -37,6 +37,11 @@ void sparsify_zero_dropped(void *values, const uint8_t *mask, int64_t count, int
   if (width == 8) zero<uint64_t>(values, mask, count, threads);
 }
 
+// Return 1 if a float, given by its bits, that the mask drops is neither 0 nor NaN nor infinite, else 0.
+int32_t sparsify_has_stray(const uint32_t *values, const uint8_t *mask, int64_t count, int32_t threads) {
+  return has_stray(values, mask, count, threads);
+}
+
 // Select the k highest, or lowest, of scores by their size, where the mask is `value`: see selection.h.
 void sparsify_select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, int32_t value, int32_t lowest,
                      uint8_t *chosen, int32_t threads) {
