@@ -30,8 +30,11 @@ docs: install  ## the site, build/site/index.html
 pictures: install  ## those that the tutorials show, of what they write
 	$(BIN)/python docs/take_pictures.py
 
-oldest: install  ## the wheel in an empty environment with the oldest torch that it claims to work with
+oldest: install  ## the oldest torch that the package claims to work with: the wheel in an empty environment, then the suite
 	$(BIN)/python tests/check_wheel.py --torch 2.6.0
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 --editable '.[test]'
+	build/oldest/bin/python -m pytest -n 2
 
 sweep: install  ## every combination and every model that the gate samples, in about half an hour
 	$(BIN)/python -m pytest -n 2 -m sweep tests

@@ -43,9 +43,8 @@ _QUESTIONS = {  # torch's functions that tell a mode, by their names
 }
 # What torch's `checkpoint` ends in, under every name.
 _RECOMPUTING = [k for k in vars(checkpoint) if k.startswith(("CheckpointFunction", "_checkpoint_without_reentrant"))]
-# Which hooks are set for saved tensors; torch 2.6 does not tell.
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-_saving: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+_set_hooks = _autograd._push_saved_tensors_default_hooks
 _torch_jit_isinstance = torch.jit.isinstance
 _is_casting, _casts_to = torch.is_autocast_enabled, torch.get_autocast_dtype
 _tracing = threading.local()
@@ -54,12 +53,12 @@ _tracing = threading.local()
 def modes() -> tuple[Any, ...]:
     """Return torch's present modes, to be compared with those at another time."""
     casts = [(_is_casting(d), _casts_to(d)) for d in _DEVICES]
-    return (*(switch() for switch in _SWITCHES.values()), *casts, _saving(True))
+    return (*(switch() for switch in _SWITCHES.values()), *casts)
 
 
 def changed_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
     """Name the first mode that differs between two results of `modes`."""
-    names = [*_SWITCHES, *(f"autocast ({device})" for device in _DEVICES), "saved_tensors_hooks"]
+    names = [*_SWITCHES, *(f"autocast ({device})" for device in _DEVICES)]
     return next(name for name, a, b in zip(names, before, now, strict=True) if a != b)
 
 
@@ -196,6 +195,11 @@ def _custom_function(self: Any, *args: Any) -> None:
         refuse("applies a custom autograd.Function, whose backward a graph would lose")
 
 
+def _refuse_hooks(*hooks: Any) -> None:
+    refuse("sets saved_tensors_hooks")
+    _set_hooks(*hooks)
+
+
 @contextlib.contextmanager
 def answering(model: nn.Module) -> Iterator[None]:
     """Answer or refuse what a model's code asks while it is traced; code that runs elsewhere meanwhile notices nothing."""
@@ -205,7 +209,8 @@ def answering(model: nn.Module) -> Iterator[None]:
     try:
         for namespace, name, answer in patches:
             namespace[name] = answer
-        with mock.patch.object(BackwardCFunction, "__init__", _custom_function, create=True):
+        custom = mock.patch.object(BackwardCFunction, "__init__", _custom_function, create=True)
+        with custom, mock.patch.object(_autograd, _set_hooks.__name__, _refuse_hooks):
             yield
     finally:
         for (namespace, name, _), value in zip(patches, before, strict=True):

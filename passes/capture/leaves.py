@@ -42,5 +42,5 @@ def is_called_whole(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else has a say in a call of this module: before or after it, forward or backward, or instead of it."""
-    attributes = vars(module)
+    attributes = module.__dict__
     return "forward" in attributes or any(attributes[hooks] for hooks in HOOKS)

@@ -79,8 +79,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
 
 def _needs_data(error: Exception) -> bool:
     """Whether an operation failed because meta tensors have no values: torch has no one exception for it."""
-    phrases = ("meta tensor", "meta backend", "meta device", "'Meta'", "data-dependent", "data dependent", "data-independent")
-    return any(phrase in str(error) for phrase in phrases)
+    phrases = ("meta tensor", "meta backend", "meta device", "'meta'", "data-dependent", "data dependent", "data-independent")
+    return any(phrase in str(error).lower() for phrase in phrases)
 
 
 def _run(model: nn.Module, recorder: Recorder, inputs: Any, meta: bool, hooked: bool) -> None:

@@ -124,7 +124,7 @@ def _sort(graph: fx.Graph, place: Mapping[fx.Node, int]) -> None:
     last, count = None, len(waiting)
     while ready:
         _, _, node = heapq.heappop(ready)
-        if last is not None:
+        if last is not None and last.next is not node:
             last.append(node)
         last = node
         for user in node.users:

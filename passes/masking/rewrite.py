@@ -76,7 +76,9 @@ def _mask_transformed(
     for value, weight in values.items():
         attributes = {n: attribute(module, str(n.target)) for n in inside[value] if n.op == "get_attr"}
         source = next(node for node, other in attributes.items() if other is weight)
-        (inputs[-1] if inputs else next(iter(graph.nodes))).append(source)  # before everything that needs it
+        first = inputs[-1] if inputs else next(iter(graph.nodes))
+        if first.next is not source:
+            first.append(source)  # before everything that needs it
         shared = set().union(*(inside[other] | {other} for other in values if other is not value))
         for node, other in attributes.items():
             if isinstance(other, nn.Parameter) and other not in masks and _is_broadcast(other, weight):

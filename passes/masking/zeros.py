@@ -122,10 +122,11 @@ class MaskGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         mask, grad = ctx.saved_tensors[0].bool(), grads[0]  # hooks on saved tensors may have made numbers of it
+        if torch.compiler.is_compiling():
+            return torch.where(mask, grad, 0), None, None
         # In place where nothing else can see it: the gradient of a product comes fresh out of it, while an addition hands one
         # gradient to both its operands. One that is itself differentiated is not ours to write either.
-        own = ctx.own and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if own and _mask_bits_(grad, mask):
+        if ctx.own and not torch.is_grad_enabled() and _mask_bits_(grad, mask):
             return grad, None, None
         return zero_dropped(grad, mask), None, None
 

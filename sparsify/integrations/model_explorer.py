@@ -42,7 +42,9 @@ def write_for_model_explorer(model: nn.Module, inputs: Any, path: str | os.PathL
     check_folder(place)
     args, kwargs = forward_values(model, inputs)
     plain = fold(model).eval()
-    program = torch.export.export(plain, args, kwargs)
+    exported = io.BytesIO()
+    torch.export.save(torch.export.export(plain, args, kwargs), exported)
+    program = torch.export.load(io.BytesIO(exported.getvalue()))  # operations are named anew in a file
     own = dict(plain.named_parameters(remove_duplicate=False))
     kept = {own[name]: count for name, count in updater.nonzeros.items() if name in own}  # what is transformed may be baked in
     weights = {node: own[name] for node, name in program.graph_signature.inputs_to_parameters.items() if name in own}
@@ -52,8 +54,6 @@ def write_for_model_explorer(model: nn.Module, inputs: Any, path: str | os.PathL
         if read:
             results[node.name] = {"value": sum(kept[w] for w in read) / sum(w.numel() for w in read)}
     data = {"graph": {"name": "density", "results": results, "gradient": _COLOURS}}
-    exported = io.BytesIO()
-    torch.export.save(program, exported)
     for file, content in ((place, exported.getvalue()), (place.with_suffix(".json"), json.dumps(data, indent=1).encode())):
         with replacing(file) as partial:
             partial.write_bytes(content)
