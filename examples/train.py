@@ -131,7 +131,7 @@ def train(run: Run, folder: Path, root: Path | None = None, quick: bool = False,
     result = {
         "run": asdict(run),
         **made_from,
-        "cpu_seconds": round(seconds + time.process_time() - started, 1),
+        "cpu_seconds": round(seconds + time.process_time() - started, 3),
         "steps": total,
     }
     result |= {task.metric: evaluate(task, model, content)} | _costs(run, task, model, dense)
