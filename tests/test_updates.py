@@ -84,6 +84,13 @@ def test_select_on_large_layers(n: int, dtype: torch.dtype, zeros: float) -> Non
             assert int(cpu.sum()) == k
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [10, 100_000])
+def test_select_more_than_there_are(n: int, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="fewer than 6"):
+        select(torch.rand(n, dtype=dtype), 6, torch.arange(n) < 5)
+
+
 @pytest.mark.parametrize("among_sample", [True, False])
 @pytest.mark.parametrize("high", [True, False])
 def test_select_where_the_sample_misleads(high: bool, among_sample: bool) -> None:

@@ -134,7 +134,7 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, result, arguments in (
         ("zero_dropped", None, (pointer, pointer, long, integer, integer)),
         ("has_stray", integer, (pointer, pointer, long, integer)),
-        ("select", None, (pointer, pointer, long, long, integer, integer, pointer, integer)),
+        ("select", integer, (pointer, pointer, long, long, integer, integer, pointer, integer)),
         ("order", None, (pointer, integer)),
         ("plan", pointer, (pointer, long, long, long)),
         ("forget", None, (pointer,)),

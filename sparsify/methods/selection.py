@@ -22,6 +22,9 @@ def select(scores: Tensor, k: int, among: Tensor, lowest: bool = False) -> Tenso
     Returns:
         bool, the same shape, exactly `k` True elements, all inside `among`.
 
+    Raises:
+        ValueError: on the CPU, fewer than `k` elements are allowed.
+
     Example:
         >>> select(torch.tensor([-3.0, 1.0, 3.0, 3.0]), 2, torch.tensor([True, True, True, False]))
         tensor([ True, False,  True, False])
@@ -39,7 +42,8 @@ def _select(scores: Tensor, k: int, mask: Tensor, value: bool, lowest: bool = Fa
     elif scores.dtype is torch.float32 and (library := native()):
         found = np.empty(flat.shape, bool)  # numpy asks for large pages, where torch waits for one small page after the other
         given = flat.data_ptr(), flat_mask.data_ptr(), len(flat), k, value, lowest
-        library.sparsify_select(*given, found.ctypes.data, threads())
+        if not library.sparsify_select(*given, found.ctypes.data, threads()):
+            raise ValueError(f"There are fewer than {k} elements to select from.")
         chosen = torch.from_numpy(found)
     else:
         chosen = _select_by_numpy(flat, k, flat_mask == value, lowest)
@@ -57,6 +61,8 @@ def _select_on_device(scores: Tensor, k: int, among: Tensor, lowest: bool) -> Te
 def _select_by_numpy(scores: Tensor, k: int, among: Tensor, lowest: bool) -> Tensor:
     """Select as numpy partitions, which is several times as fast as torch's topk."""
     ranks, allowed = _ranks(scores, lowest), among.numpy()
+    if k > np.count_nonzero(allowed):
+        raise ValueError(f"There are fewer than {k} elements to select from.")
     threshold = np.partition(ranks[allowed], -k)[-k]
     chosen = (ranks > threshold) & allowed
     tied = np.flatnonzero((ranks == threshold) & allowed)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from passes.masking.compressed import spread
 from passes.masking.mask import Mask
 from passes.masking.zeros import zero_dropped_
-from passes.shards import is_sharded, local, own_part, whole
+from passes.shards import local, own_part, whole
 from sparsify.methods.method import Method, Updates
 from sparsify.methods.scores import LayerState, evaluate
 from sparsify.training import optimizers as opt
@@ -23,11 +23,6 @@ class Bound:
     name: str
     weight: nn.Parameter
     mask: Mask
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the weight is all here, in the memory of the CPU."""
-        return self.mask.mask.is_cpu and not is_sharded(self.weight) and not self.mask.compressed
 
 
 @dataclass(frozen=True)

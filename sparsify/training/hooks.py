@@ -93,10 +93,8 @@ class OptimizerHooks:
             return
         if self._looked and self.updater.trains_with_others():
             ranks.check_drift(seen)
-        strays = torch.stack(
-            [has_stray(gradient, b.mask.mask).to(seen[0][1].device) for b, gradient in seen]
-        ).tolist()  # waits once
-        self._moved += [b for (b, _), stray in zip(seen, strays, strict=True) if stray]
+        strays = torch.stack([has_stray(gradient, b.mask.mask).to(seen[0][1].device) for b, gradient in seen])
+        self._moved += [b for (b, _), stray in zip(seen, strays.tolist(), strict=True) if stray]  # waits once
         self._looked = True
         _mask([b for b, _ in seen])
 

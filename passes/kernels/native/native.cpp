@@ -42,10 +42,11 @@ int32_t sparsify_has_stray(const uint32_t *values, const uint8_t *mask, int64_t 
   return has_stray(values, mask, count, threads);
 }
 
-// Select the k highest, or lowest, of scores by their size, where the mask is `value`: see selection.h.
-void sparsify_select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, int32_t value, int32_t lowest,
-                     uint8_t *chosen, int32_t threads) {
-  (lowest ? select<true> : select<false>)(scores, mask, count, k, static_cast<uint8_t>(value), chosen, threads);
+// Select the k highest, or lowest, of scores by their size, where the mask is `value`: see selection.h. Returns 1, or 0 where there
+// are fewer.
+int32_t sparsify_select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, int32_t value, int32_t lowest,
+                        uint8_t *chosen, int32_t threads) {
+  return (lowest ? select<true> : select<false>)(scores, mask, count, k, static_cast<uint8_t>(value), chosen, threads);
 }
 
 // Find the order of kept weights: see order.h.

@@ -117,9 +117,10 @@ int64_t split(const float *scores, const uint8_t *mask, int64_t begin, int64_t e
   return above;
 }
 
-// Set chosen[i] where mask[i] is `value` and the rank of scores[i] is among the k highest of these, of equal ones the first.
+// Set chosen[i] where mask[i] is `value` and the rank of scores[i] is among the k highest of these, of equal ones the first. Returns
+// whether there are so many.
 template <bool Lowest>
-void select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, uint8_t value, uint8_t *chosen, int32_t threads) {
+bool select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, uint8_t value, uint8_t *chosen, int32_t threads) {
   if (count <= kSerial) threads = 1;
   int64_t missing = 0;
   const auto split_by = [&](Bracket bracket) {
@@ -132,12 +133,14 @@ void select(const float *scores, const uint8_t *mask, int64_t count, int64_t k, 
   };
   auto within = split_by(bracket<Lowest>(scores, mask, count, k, value, threads));
   if (missing <= 0 || missing > static_cast<int64_t>(within.size())) within = split_by({});  // the sample misled
+  if (missing > static_cast<int64_t>(within.size())) return false;
   std::vector<int32_t> ranks;
   for (const int64_t i : within) ranks.push_back(rank_of<Lowest>(scores[i]));
   const int32_t last = highest(ranks, missing);
   int64_t ties = missing - std::count_if(ranks.begin(), ranks.end(), [=](int32_t rank) { return rank > last; });
   for (size_t i = 0; i < ranks.size(); ++i)
     if (ranks[i] > last || (ranks[i] == last && ties-- > 0)) chosen[within[i]] = 1;
+  return true;
 }
 
 }  // namespace sparsify
