@@ -6,6 +6,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from passes.capture.copies import FORWARD_HOOKS
 
 HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+CONV_FORWARDS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)  # a subclass may have its own
 
 
 def is_builtin(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.capture.host import Host, container_methods, masked, run_reading
+from passes.capture.leaves import CONV_FORWARDS
 from passes.masking.mask import PRODUCT
 from passes.masking.products import sparse_layer
 
@@ -39,8 +40,6 @@ def _convolution(self: Any, input: Tensor) -> Tensor:
         return result
     return self._conv_forward(input, masked(self, "weight", self.weight_role), masked(self, "bias"))
 
-
-_PRODUCTS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}  # of convolutions; others are the user's
 
 # What runs without reading anything by its attribute: the forward methods of most weights, and what stands for them.
 _DIRECT: dict[Any, Callable[..., Any]] = {
@@ -72,7 +71,7 @@ def masked_class(base: type[nn.Module], name: str) -> Any:
         return direct(self, *args, **kwargs) if direct else run_reading(base.forward, self, *args, **kwargs)
 
     own: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
-    own["weight_role"] = PRODUCT if getattr(base, "_conv_forward", None) in _PRODUCTS else None
+    own["weight_role"] = PRODUCT if getattr(base, "_conv_forward", None) in CONV_FORWARDS else None
     if issubclass(base, nn.RNNBase):
         own |= {"_flat_weights": property(_flat_weights, _set_flat_weights), "_update_flat_weights": _keep_flat_weights}
     return type(name, (Masked, base), own | container_methods(base))

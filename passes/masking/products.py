@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.capture.host import masked
-from passes.capture.leaves import is_builtin
+from passes.capture.leaves import CONV_FORWARDS, is_builtin
 from passes.kernels.cache import lanes
 from passes.kernels.compiler import native
 from passes.kernels.products import convolve, linear
@@ -82,7 +82,7 @@ def _own_code(module: Any) -> str:
         return ""
     if module.padding_mode != "zeros":
         return "a convolution pads with other numbers than zeros"
-    if type(module)._conv_forward not in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward):
+    if type(module)._conv_forward not in CONV_FORWARDS:
         return "_conv_forward is not torch's"
     return ""
 

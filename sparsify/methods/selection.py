@@ -61,9 +61,10 @@ def _select_on_device(scores: Tensor, k: int, among: Tensor, lowest: bool) -> Te
 def _select_by_numpy(scores: Tensor, k: int, among: Tensor, lowest: bool) -> Tensor:
     """Select as numpy partitions, which is several times as fast as torch's topk."""
     ranks, allowed = _ranks(scores, lowest), among.numpy()
-    if k > np.count_nonzero(allowed):
+    candidates = ranks[allowed]
+    if k > candidates.size:
         raise ValueError(f"There are fewer than {k} elements to select from.")
-    threshold = np.partition(ranks[allowed], -k)[-k]
+    threshold = np.partition(candidates, -k)[-k]
     chosen = (ranks > threshold) & allowed
     tied = np.flatnonzero((ranks == threshold) & allowed)
     chosen[tied[: k - np.count_nonzero(chosen)]] = True
